@@ -1,0 +1,25 @@
+"""Checkpoints that exist whole or not at all, and fit any number of ranks.
+
+::
+
+    RUN/checkpoints/
+        step-00000400/
+            state-00000-of-00002.safetensors     the pieces of rank 0: weight/NAME, exp_avg/NAME, exp_avg_sq/NAME, buffer/NAME
+            state-00001-of-00002.safetensors     the pieces of rank 1
+            MANIFEST.json                        written last: step, cursor, identity, shapes, and size and SHA-256 of every file
+        .step-00000800.partial/                  a save that was cut short: ignored, swept by the next save
+        latest                                   the newest step's name: a hint for people, never trusted
+
+A checkpoint exists if and only if its manifest verifies. It is written beside its place, made durable, and renamed: phase one is
+every rank's file, phase two is rank 0's manifest and rename, and no rank leaves a phase without knowing how the others fared.
+
+Every piece is flat fp32 and says in the file's own header where it starts in its flattened parameter. Reading at another world
+size is therefore arithmetic on ranges; nothing is converted and nothing is unpickled.
+"""
+
+from scaletrain.checkpoint.finding import find, newest, set_aside
+from scaletrain.checkpoint.manifest import Checkpoint, CheckpointConfig, Progress
+from scaletrain.checkpoint.reading import restore, weights
+from scaletrain.checkpoint.writing import save
+
+__all__ = ["Checkpoint", "CheckpointConfig", "Progress", "find", "newest", "restore", "save", "set_aside", "weights"]

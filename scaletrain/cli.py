@@ -1,0 +1,262 @@
+"""The command line: verbs, and nothing but verbs.
+
+Every setting lives in a file or a ``key.path=value``; flags only permit (``--fresh``), show (``--dry-run``, ``--debug``) or name
+the file. A verb's module is imported when the verb is called: ``scaletrain --help`` and ``scaletrain launch`` answer at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import importlib
+import inspect
+import json
+import sys
+import textwrap
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import MISSING, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal, NoReturn, get_args, get_origin
+
+import scaletrain
+from scaletrain import config
+from scaletrain.errors import ConfigError, ScaletrainError
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Verb:
+    """What can be done. ``module`` has ``Config`` and ``main(config, **permissions)``."""
+
+    module: str
+    summary: str
+    permissions: Mapping[str, str] = field(default_factory=dict)
+    """Flag -> what it permits; each is a keyword of ``main``."""
+    ranks: bool = False
+    """Whether ``scaletrain launch`` may run it on several ranks."""
+    embedded: bool = False
+    """Whether it brings its own configuration, so that --config may be left out."""
+
+
+VERBS: Mapping[str, Verb] = {
+    "prepare": Verb(
+        module="scaletrain.recipes.prepare",
+        summary="clean and tokenise a corpus, write indexed shards",
+        permissions={"fresh": "discard what an earlier prepare has left in the output folder"},
+    ),
+    "pretrain": Verb(
+        module="scaletrain.recipes.pretrain",
+        summary="train an encoder on prepared data; continues where the run folder stands",
+        permissions={"fresh": "start at step 0 although the run folder holds checkpoints"},
+        ranks=True,
+    ),
+    "export": Verb(
+        module="scaletrain.recipes.export",
+        summary="write a checkpoint as a folder that plain transformers loads",
+    ),
+    "quickstart": Verb(
+        module="scaletrain.recipes.quickstart",
+        summary="all of it in minutes, without a download: prepare, pretrain on two ranks, export, fill in masks",
+        embedded=True,
+    ),
+}
+
+_LAUNCH_SUMMARY = "run a verb on several ranks and answer with its exit code"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one verb. Returns the exit code of `scaletrain.errors`; 130 after Ctrl-C."""
+    # The deepspeed launcher adds --local_rank=N to every command; the rank is read from the environment instead.
+    given = [argument for argument in (sys.argv[1:] if argv is None else argv) if not argument.startswith("--local_rank=")]
+    try:
+        try:
+            return _launch(given[1:]) if given[:1] == ["launch"] else _run(given)
+        except _UsageError as error:
+            raise ConfigError("command line", " ".join(given), *error.args) from None
+    except ScaletrainError as error:
+        if "--debug" in given:
+            traceback.print_exc()
+        print("\n  ".join([f"error: {error}", *getattr(error, "__notes__", [])]), file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        return 130
+    except Exception:
+        traceback.print_exc()
+        return ScaletrainError.exit_code
+
+
+def _run(argv: Sequence[str]) -> int:
+    """Any verb but ``launch``."""
+    if not argv or argv[0] not in VERBS:
+        _top_parser().parse_args(argv)
+        _top_parser().print_help(sys.stderr)
+        return 2
+    name, verb = argv[0], VERBS[argv[0]]
+    parser = _parser(name, verb)
+    if {"-h", "--help"} & set(argv[1:]):
+        print(parser.format_help())
+        print(settings_text(_recipe(verb).Config))
+        return 0
+    options = parser.parse_intermixed_args(argv[1:])
+    recipe = _recipe(verb)
+    settings = config.load(recipe.Config, options.config, options.override)
+    result = recipe.main(settings, **{permission: getattr(options, permission) for permission in verb.permissions})
+    if isinstance(result, Mapping):
+        print(json.dumps(result), flush=True)
+        return 0
+    return int(result or 0)
+
+
+def _launch(argv: Sequence[str]) -> int:
+    """``launch [--config FILE] [key=value ...] [--dry-run] -- VERB ...``."""
+    from scaletrain.launcher import LaunchConfig, launch
+
+    cut = list(argv).index("--") if "--" in argv else len(argv)
+    own, job = argv[:cut], argv[cut + 1 :]
+    parser = _parser("launch", Verb(module="", summary=_LAUNCH_SUMMARY, ranks=True, embedded=True))
+    parser.usage = "scaletrain launch [--config FILE] [key.path=value ...] [--dry-run] -- VERB --config FILE [key.path=value ...]"
+    parser.add_argument("--dry-run", action="store_true", help="print what would be started, and start nothing")
+    if {"-h", "--help"} & set(own):
+        print(parser.format_help())
+        print(settings_text(LaunchConfig))
+        return 0
+    options = parser.parse_intermixed_args(own)
+    verbs = [name for name, verb in VERBS.items() if verb.ranks]
+    if not job or job[0] not in verbs:
+        parser.error(f"after -- comes the verb to run on every rank: {', '.join(verbs)}")
+    settings = config.load(LaunchConfig, options.config, options.override)
+    # Read before anything starts: a file that is not there is then said once, not once per rank.
+    asked = _parser(job[0], VERBS[job[0]]).parse_intermixed_args(job[1:])
+    output = config.load_tree(asked.config, asked.override).get("output")
+    return launch(settings, job, Path(output) if isinstance(output, str) else None, dry_run=options.dry_run)
+
+
+def _recipe(verb: Verb) -> Any:
+    return importlib.import_module(verb.module)
+
+
+# ------------------------------------------------------------------------------------------------------------------- the parsers
+
+
+def _top_parser() -> argparse.ArgumentParser:
+    verbs = {**{name: verb.summary for name, verb in VERBS.items()}, "launch": _LAUNCH_SUMMARY}
+    listing = "\n".join(f"  {name:<12}{summary}" for name, summary in verbs.items())
+    parser = _Parser(
+        prog="scaletrain",
+        usage="scaletrain VERB --config FILE [key.path=value ...]",
+        description=f"{(scaletrain.__doc__ or '').splitlines()[0]}\n\nverbs:\n{listing}",
+        epilog="`scaletrain VERB --help` lists every setting of a verb with its default.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"scaletrain {scaletrain.__version__}")
+    parser.add_argument("verb", choices=list(verbs), metavar="VERB", nargs="?", help=argparse.SUPPRESS)
+    return parser
+
+
+def _parser(name: str, verb: Verb) -> argparse.ArgumentParser:
+    parser = _Parser(prog=f"scaletrain {name}", description=verb.summary, add_help=False, allow_abbrev=False)
+    parser.add_argument("--config", type=Path, metavar="FILE", required=not verb.embedded, help="YAML; may build on a `base:`")
+    parser.add_argument("override", nargs="*", metavar="key.path=value", help="a setting that takes precedence over the file's")
+    for permission, meaning in verb.permissions.items():
+        parser.add_argument(f"--{permission}", action="store_true", help=meaning)
+    parser.add_argument("--debug", action="store_true", help="show where an error was raised")
+    parser.add_argument("-h", "--help", action="store_true", help="this text, with every setting and its default")
+    return parser
+
+
+class _UsageError(Exception):
+    """A command line that cannot be read."""
+
+
+class _Parser(argparse.ArgumentParser):
+    """Leaves it to `main` to say what is wrong, so that wrong usage ends like any other wrong input."""
+
+    def error(self, message: str) -> NoReturn:
+        raise _UsageError(message, f"See `{self.prog} --help`")
+
+
+# ------------------------------------------------------------------------------------------------------------- the settings tree
+
+
+def settings_text(cls: type) -> str:
+    """Every setting below ``cls``: dotted path, type, default, and the docstring under its field."""
+    return "\n".join(["settings:", *_lines(cls, "", None, {})])
+
+
+def _lines(cls: type, prefix: str, default: Any, shown: dict[tuple[type, ...], str]) -> Iterator[str]:
+    """``default``: the instance that the enclosing setting has, whose values count rather than the class's own.
+
+    ``shown``: where alternatives that occur more than once have been listed.
+    """
+    said = docstrings(cls)
+    for entry in fields(cls):
+        if not entry.init:
+            continue
+        path, hint = f"{prefix}{entry.name}", config.hints_of(cls)[entry.name]
+        value = getattr(default, entry.name) if default is not None else _default(entry)
+        below = config.members(hint) or _items(hint)
+        end = ", must be given" if value is MISSING else "" if config.members(hint) and value else f", default {_value(value)}"
+        yield f"  {path}: {_type(hint)}{end}"
+        yield from _wrapped(said.get(entry.name) or (_first_line(cls) if entry.name == "name" else ""))
+        if len(below) > 1 and below in shown:
+            yield from _wrapped(f"Its settings are those of {shown[below]}.")
+            continue
+        shown[below] = path
+        for member in below:
+            yield from _lines(
+                member, f"{path}{'.0' if _items(hint) else ''}.", value if isinstance(value, member) else None, shown
+            )
+
+
+def _wrapped(text: str) -> list[str]:
+    return textwrap.wrap(text, width=110, initial_indent=" " * 6, subsequent_indent=" " * 6)
+
+
+def _first_line(cls: type) -> str:
+    return (inspect.getdoc(cls) or cls.__name__).splitlines()[0]
+
+
+def _items(hint: Any) -> tuple[type, ...]:
+    """The dataclasses that a list setting holds."""
+    lists = [leaf for leaf in config.alternatives(hint) if get_origin(leaf) in (tuple, list)]
+    return tuple(member for leaf in lists for member in config.members(get_args(leaf)[0]))
+
+
+def _default(entry: Any) -> Any:
+    make: Callable[[], Any] | Any = entry.default_factory
+    return entry.default if make is MISSING else make()
+
+
+def _value(value: Any) -> str:
+    return json.dumps(config.to_tree(value))
+
+
+def _type(hint: Any) -> str:
+    """A type as the user of a YAML file would name it."""
+    names = {str: "text", int: "whole number", float: "number", bool: "true or false", Path: "path", type(None): "null"}
+    groups = config.members(hint)
+    shown = []
+    for leaf in config.alternatives(hint):
+        origin = get_origin(leaf)
+        if origin is Literal:
+            shown += [str(choice) for choice in get_args(leaf)]
+        elif origin in (tuple, list):
+            shown.append(f"list of {_type(get_args(leaf)[0])}")
+        elif leaf in groups:
+            shown.append(_type(config.hints_of(leaf)["name"]) if len(groups) > 1 else "settings")
+        else:
+            shown.append("mapping" if origin is dict else names.get(leaf, "any value"))
+    return " | ".join(shown)
+
+
+def docstrings(cls: type) -> dict[str, str]:
+    """The text under each field of a dataclass, which Python itself does not keep."""
+    body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0]
+    assert isinstance(body, ast.ClassDef)
+    found = {}
+    for above, below in zip(body.body, body.body[1:], strict=False):
+        match above, below:
+            case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(text))):
+                found[name] = inspect.cleandoc(text).replace("\n", " ")
+    return found

@@ -1,0 +1,210 @@
+"""One split of a prepared folder: random access to its token chunks, each checked against the CRC-32 in the index.
+
+The folder's manifest lists shards with their digests; an index beside every shard says where each chunk lies. Reading a chunk
+is one ``pread`` of its span. A split is identified by a digest of what it holds and how it was tokenised, not of where it lies
+or how it was made, so that a copy is the same data set and a changed one is not.
+"""
+
+from __future__ import annotations
+
+import bisect
+import hashlib
+import itertools
+import json
+import os
+import threading
+import zlib
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from scaletrain.data import index, npy
+from scaletrain.data.tokenizer import folder_digest
+from scaletrain.errors import CorpusError, StorageError, TokenizerError
+
+FORMAT = 1
+_FILES_MAX = 64
+_REMEDY = "Run 'scaletrain prepare' again, with --fresh if the folder cannot be repaired"
+
+
+def canonical_digest(tree: object) -> str:
+    """SHA-256 of the canonical JSON of ``tree``: sorted keys, no spaces, UTF-8."""
+    return hashlib.sha256(json.dumps(tree, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()).hexdigest()
+
+
+def split_digest(shards: Sequence[Mapping[str, Any]], tokenizer_digest: str, max_tokens: int) -> str:
+    """The identity of a split: its shards' contents in order, the tokenizer that made them, and the longest chunk."""
+    contents = [[shard["sha256"], shard["index_sha256"]] for shard in shards]
+    return canonical_digest({"shards": contents, "tokenizer": tokenizer_digest, "max_tokens": max_tokens})
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a prepared folder. Raises CorpusError when it is missing, damaged or of another format."""
+    file = folder / "manifest.json"
+    try:
+        manifest = json.loads(file.read_bytes())
+    except (FileNotFoundError, NotADirectoryError):
+        rule = "a prepared folder has a manifest.json" if folder.exists() else "the prepared folder must exist"
+        raise CorpusError(str(folder), "no manifest.json" if folder.exists() else "no such folder", rule, _REMEDY) from None
+    except ValueError:
+        raise CorpusError(str(file), "not JSON", "the manifest is written whole or not at all", _REMEDY) from None
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        found = manifest.get("format") if isinstance(manifest, dict) else None
+        raise CorpusError(f"{file}: format", found, f"this program reads format {FORMAT}", _REMEDY)
+    expected = canonical_digest({key: value for key, value in manifest.items() if key != "digest"})
+    if manifest.get("digest") != expected:
+        raise CorpusError(f"{file}: digest", manifest.get("digest"), f"its contents have {expected}", _REMEDY)
+    return manifest
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """One tar with its index and the number of its first chunk."""
+
+    file: Path
+    first: int
+    index: index.Index
+
+
+class Dataset:
+    """One split of a prepared folder. Made by ``open``; ``read`` may be called from many threads.
+
+    ``lengths`` has shape [chunks], int32: the tokens of each chunk, without special tokens.
+    """
+
+    chunks: int
+    tokens: int
+    digest: str
+    lengths: npt.NDArray[np.int32]
+    max_tokens: int
+    vocab_size: int
+    tokenizer_digest: str
+    tokenizer_folder: Path
+
+    def __init__(self, folder: Path, split: str, manifest: Mapping[str, Any], shards: Sequence[Shard]) -> None:
+        self.folder, self.split = folder, split
+        self.max_tokens, self.vocab_size = int(manifest["max_tokens"]), int(manifest["tokenizer"]["vocab_size"])
+        self.tokenizer_digest, self.tokenizer_folder = manifest["tokenizer"]["digest"], folder / "tokenizer"
+        self.digest = manifest["splits"][split]["digest"]
+        self.lengths = np.concatenate([shard.index.records["tokens"] for shard in shards]).astype(np.int32)
+        self.lengths.setflags(write=False)
+        self.chunks, self.tokens = len(self.lengths), int(self.lengths.sum(dtype=np.int64))
+        self._shards, self._firsts = list(shards), [shard.first for shard in shards]
+        self._files = _Files(_FILES_MAX)
+
+    @classmethod
+    def open(cls, folder: Path, split: str = "train") -> Dataset:
+        """Open a split after checking that manifest, tokenizer, indexes and shards belong together (sizes, not every byte).
+
+        Raises CorpusError when the folder or split is missing, empty or damaged, and TokenizerError when the tokenizer in the
+        folder is not the one that made the shards.
+        """
+        manifest = read_manifest(folder)
+        if split not in manifest["splits"]:
+            raise CorpusError(
+                f"{folder}: split", split, f"it has {', '.join(manifest['splits'])}", "Prepare one with a validation set"
+            )
+        described = manifest["splits"][split]
+        if not described["chunks"]:
+            raise CorpusError(f"{folder}: split", split, "a split holds at least one chunk", _REMEDY)
+        expected, found = manifest["tokenizer"]["digest"], folder_digest(folder / "tokenizer")
+        if found != expected:
+            raise TokenizerError(f"{folder / 'tokenizer'}: digest", found, f"the shards were made with {expected}", _REMEDY)
+        if described["digest"] != split_digest(described["shards"], expected, manifest["max_tokens"]):
+            raise CorpusError(f"{folder}: digest of {split!r}", described["digest"], "it does not match its shards", _REMEDY)
+        firsts = itertools.accumulate((shard["chunks"] for shard in described["shards"]), initial=0)
+        shards = [_open_shard(folder, shard, first) for shard, first in zip(described["shards"], firsts, strict=False)]
+        return cls(folder, split, manifest, shards)
+
+    def read(self, chunk: int) -> npt.NDArray[np.int32]:
+        """The token ids of one chunk, shape [lengths[chunk]], int32, without special tokens.
+
+        Raises CorpusError when the bytes are not those that were indexed, StorageError when the disk fails.
+        """
+        shard, offset, span = self._span(chunk)
+        crc = zlib.crc32(span)
+        expected = int(shard.index.records[chunk - shard.first]["crc32"])
+        if crc != expected:
+            raise index.damaged(shard.file, self._key(span), offset, expected, crc)
+        try:
+            member = next(index.members(lambda at, count: span[at : at + count], len(span), str(shard.file)))
+            ids = npy.decode(memoryview(span)[member.data : member.data + member.size])
+        except (ValueError, StopIteration):
+            raise CorpusError(str(shard.file), f"byte {offset}", "a chunk is one .npy of integers", _REMEDY) from None
+        return ids
+
+    def key(self, chunk: int) -> str:
+        """The sample key of one chunk, from its tar header: document and piece, equal however the shards are cut."""
+        return self._key(self._span(chunk)[2])
+
+    def verify(self) -> None:
+        """Read every byte once and compare all CRCs; raises CorpusError at the first that differs."""
+        for shard in self._shards:
+            index.verify(shard.index, shard.file)
+
+    def _span(self, chunk: int) -> tuple[Shard, int, bytes]:
+        if not 0 <= chunk < self.chunks:
+            raise IndexError(f"chunk: got {chunk}; {self.folder} has chunks 0 to {self.chunks - 1}")
+        shard = self._shards[bisect.bisect_right(self._firsts, chunk) - 1]
+        record = shard.index.records[chunk - shard.first]
+        offset, length = int(record["offset"]), int(record["length"])
+        try:
+            return shard, offset, self._files.read(shard.file, offset, length)
+        except OSError as error:
+            raise StorageError(f"{shard.file}: reading byte {offset} failed: {error.strerror}. {_REMEDY}") from error
+
+    @staticmethod
+    def _key(span: bytes) -> str:
+        try:
+            return next(index.members(lambda at, count: span[at : at + count], len(span), "")).key
+        except (CorpusError, StopIteration):
+            return "?"
+
+
+def _open_shard(folder: Path, described: Mapping[str, Any], first: int) -> Shard:
+    """Check one shard and its index against the manifest."""
+    file = folder / described["file"]
+    try:
+        size = file.stat().st_size
+    except FileNotFoundError:
+        raise CorpusError(str(file), "no such file", "the manifest lists it", _REMEDY) from None
+    if size != described["bytes"]:
+        raise CorpusError(str(file), f"{size} bytes", f"the manifest says {described['bytes']}", _REMEDY)
+    loaded = index.load(file.with_suffix(".idx"), shard_bytes=size)
+    found = hashlib.sha256(file.with_suffix(".idx").read_bytes()).hexdigest()
+    if found != described["index_sha256"] or len(loaded.records) != described["chunks"]:
+        raise CorpusError(str(file.with_suffix(".idx")), found, f"the manifest says {described['index_sha256']}", _REMEDY)
+    return Shard(file, first, loaded)
+
+
+class _Open:
+    """A file descriptor that closes when the last reader lets go of it: one evicted in mid-read stays valid until then."""
+
+    def __init__(self, file: Path) -> None:
+        self.number = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
+
+    def __del__(self) -> None:
+        if number := getattr(self, "number", None):
+            os.close(number)
+
+
+class _Files:
+    """The shards read last, opened on first use; at most ``limit`` at a time."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit, self._lock = limit, threading.Lock()
+        self._open: OrderedDict[Path, _Open] = OrderedDict()
+
+    def read(self, file: Path, offset: int, length: int) -> bytes:
+        """``length`` bytes at ``offset``, fewer at the end of the file; ``pread`` shares no position between threads."""
+        with self._lock:
+            handle = self._open.pop(file, None) or _Open(file)
+            self._open[file] = handle
+            if len(self._open) > self._limit:
+                self._open.popitem(last=False)
+        return os.pread(handle.number, length, offset)

@@ -1,0 +1,177 @@
+"""What an unfinished prepared folder remembers between one run and the next.
+
+``progress.json`` is replaced after every finished shard and says how far the source was read, and ``seen.bin`` holds the hashes
+of the documents used so far. A run that was killed continues from the last whole shard; what lies behind it is written again,
+with the same bytes. Both files go when the manifest is written.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import fcntl
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from scaletrain.data.shards import Written, storage, write_json
+from scaletrain.errors import ConfigError
+
+FORMAT = 1
+_HASH_BYTES = 16
+_LOCK = ".prepare.lock"
+_OURS = ("manifest.json", "progress.json", _LOCK)
+
+
+@dataclasses.dataclass(slots=True)
+class SplitState:
+    """How far one split has come: everything up to and with the last document of its last whole shard."""
+
+    documents: int = 0
+    """Documents of the source that were dealt with."""
+    source_hash: str = ""
+    """A running hash of those documents as they came, which shows whether the source is still the same."""
+    counts: dict[str, int] = dataclasses.field(default_factory=dict)
+    """What became of them: 'kept', 'held_out', or why they were dropped."""
+    shards: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    done: bool = False
+
+
+class Journal:
+    """The state of a folder that is being prepared; ``save`` makes it durable."""
+
+    def __init__(self, folder: Path, config: Mapping[str, Any]) -> None:
+        """``config`` is the plain tree of what decides the folder's bytes."""
+        self.folder, self.config = folder, config
+        self.tokenizer: str | None = None
+        self.documents: int | None = None
+        """Documents in the source of train, known once the tokenizer was trained on it; for the progress bar."""
+        self.splits: dict[str, SplitState] = {}
+        self.seen: set[bytes] = set()
+        self._unsaved: list[bytes] = []
+
+    @classmethod
+    def open(cls, folder: Path, config: Mapping[str, Any]) -> Journal:
+        """Continue the journal in ``folder``, or begin one.
+
+        Raises ConfigError when the folder was begun with another configuration.
+        """
+        journal = cls(folder, config)
+        if not (folder / "progress.json").exists():
+            journal.save()
+            return journal
+        tree = json.loads((folder / "progress.json").read_bytes())
+        require_same(folder, tree["config"], config)
+        journal.tokenizer, journal.documents = tree["tokenizer"], tree["documents"]
+        journal.splits = {name: SplitState(**state) for name, state in tree["splits"].items()}
+        journal._load_seen(tree["seen"])
+        return journal
+
+    def see(self, hashed: bytes) -> bool:
+        """Remember a document; False when it was seen before."""
+        if hashed in self.seen:
+            return False
+        self.seen.add(hashed)
+        self._unsaved.append(hashed)
+        return True
+
+    def finish_shard(self, split: str, written: Written | None, *, done: bool) -> None:
+        """Add a shard to a split and make everything up to it durable."""
+        if written is not None:
+            self.splits[split].shards.append(dataclasses.asdict(written))
+        self.splits[split].done = done
+        self.save()
+
+    def save(self) -> None:
+        """Write the journal; the hashes first, since ``progress.json`` says how many of them count. Raises StorageError."""
+        new = b"".join(self._unsaved)
+        with storage(self.folder, len(new)), (self.folder / "seen.bin").open("ab") as stream:
+            # A write that failed half way, or a kill before progress.json, left hashes here that do not count.
+            stream.truncate((len(self.seen) - len(self._unsaved)) * _HASH_BYTES)
+            stream.write(new)
+            stream.flush()
+            os.fsync(stream.fileno())
+        tree = {
+            "format": FORMAT,
+            "config": self.config,
+            "tokenizer": self.tokenizer,
+            "documents": self.documents,
+            "seen": len(self.seen),
+            "splits": {name: dataclasses.asdict(state) for name, state in self.splits.items()},
+        }
+        write_json(self.folder / "progress.json", tree)
+        self._unsaved.clear()
+
+    def remove(self) -> None:
+        """Drop the journal of a finished folder."""
+        with storage(self.folder):
+            for name in ("progress.json", "seen.bin"):
+                (self.folder / name).unlink(missing_ok=True)
+
+    def _load_seen(self, count: int) -> None:
+        data = (self.folder / "seen.bin").read_bytes()[: count * _HASH_BYTES] if count else b""
+        self.seen = {data[at : at + _HASH_BYTES] for at in range(0, len(data), _HASH_BYTES)}
+        if len(self.seen) != count:
+            remedy = "Prepare again with --fresh"
+            raise ConfigError(str(self.folder / "seen.bin"), f"{len(self.seen)} hashes", f"progress.json says {count}", remedy)
+
+
+def require_ours(folder: Path) -> None:
+    """Raise ConfigError for a folder with contents that no prepare made: nothing of the user's is written over or removed."""
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError("output", str(folder), "the output is a folder; this is a file", "Use a new folder")
+    foreign = [path.name for path in sorted(folder.iterdir()) if not path.name.startswith(".")] if folder.is_dir() else []
+    if foreign and not any((folder / name).exists() for name in _OURS):
+        rule = f"the folder is new, empty or a prepared one; this one holds {foreign[0]!r}"
+        raise ConfigError("output", str(folder), rule, "Use a new folder")
+
+
+def require_same(folder: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Raise ConfigError, naming a setting that differs, when a folder was made with another configuration."""
+    first, second = dict(_flat(before)), dict(_flat(now))
+    for path in sorted(first.keys() | second.keys()):
+        if first.get(path) != second.get(path):
+            rule = f"the folder {folder} was begun with {first.get(path)!r}"
+            raise ConfigError(
+                path, second.get(path), rule, "Use a new output folder, or --fresh to prepare this one from the start"
+            )
+
+
+def clear(folder: Path) -> None:
+    """Remove what prepare wrote, and only that; the manifest first, so that what remains never counts as prepared."""
+    require_ours(folder)
+    with storage(folder):
+        for name in ("manifest.json", "progress.json", "seen.bin", "report.json"):
+            (folder / name).unlink(missing_ok=True)
+        for split in ("train", "validation"):
+            for file in (folder / split).glob("*[0-9].*"):
+                if file.suffix in (".tar", ".idx", ".tmp"):
+                    file.unlink()
+        for file in (folder / "tokenizer").glob("*"):
+            file.unlink()
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold the folder for one prepare at a time; a killed one lets go by itself. Raises ConfigError when another one holds it."""
+    with storage(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        stream = (folder / _LOCK).open("w")
+    with stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            rule = "another prepare is writing this folder"
+            raise ConfigError("output", str(folder), rule, "Wait for it to end, or use another folder") from None
+        yield
+
+
+def _flat(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted path and value of every leaf; a list is one value."""
+    if isinstance(tree, Mapping):
+        for key, value in tree.items():
+            yield from _flat(value, f"{path}.{key}" if path else str(key))
+    else:
+        yield path, tree

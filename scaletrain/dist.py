@@ -1,0 +1,179 @@
+"""The other ranks: who they are, and the few things that are said between them on the host.
+
+Everything here goes over a gloo group of CPU tensors, so that agreeing on a step never waits for a device. What travels is
+numbers, bytes and JSON; objects are not pickled. This is the only module that reads the launcher's rank variables.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.distributed as td
+
+from scaletrain.errors import ConfigError, DeviceError, PeerLostError, ScaletrainError
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where this process stands: its rank, the number of ranks, and its number on this machine."""
+
+    rank: int
+    world: int
+    local_rank: int
+
+
+def place() -> Place:
+    """What the launcher said, or one rank alone where nothing launched this process."""
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    found = {name: os.environ[name] for name in names if name in os.environ}
+    if not found:
+        return Place(rank=0, world=1, local_rank=0)
+    missing = [name for name in names if name not in found]
+    if missing or not all(value.isdigit() for value in found.values()):
+        rule = "the launcher sets RANK, WORLD_SIZE and LOCAL_RANK together, as whole numbers"
+        raise ConfigError(
+            "environment", found, rule, "Start through `scaletrain launch`, `deepspeed` or `torchrun`, or unset them."
+        )
+    return Place(rank=int(found["RANK"]), world=int(found["WORLD_SIZE"]), local_rank=int(found["LOCAL_RANK"]))
+
+
+def device(name: str) -> torch.device:
+    """The device of this rank for ``auto``, ``cpu`` or ``cuda``. Raises DeviceError for a GPU that is not there."""
+    available = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if name == "cpu" or (name == "auto" and not available):
+        return torch.device("cpu")
+    local_rank = place().local_rank
+    if local_rank >= available:
+        rule = f"this rank needs GPU number {local_rank} of its machine, and torch sees {available}"
+        raise DeviceError("device", name, rule, "Use device=cpu, fewer ranks per machine, or a CUDA build of torch.")
+    torch.cuda.set_device(local_rank)
+    return torch.device("cuda", local_rank)
+
+
+_host_group: td.ProcessGroup | None = None
+
+
+def start(device: torch.device, timeout_s: float = 1800.0) -> Place:
+    """Joins the other ranks. Call it once, before an engine is made.
+
+    One rank that nothing launched joins a group of its own in memory: no port is opened.
+    """
+    global _host_group
+    here = place()
+    limit = timedelta(seconds=timeout_s)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    with peers():
+        if here.world == 1 and "MASTER_ADDR" not in os.environ:
+            td.init_process_group(backend, store=td.HashStore(), rank=0, world_size=1, timeout=limit)  # type: ignore[attr-defined]
+        else:
+            td.init_process_group(backend, rank=here.rank, world_size=here.world, timeout=limit)
+        _host_group = td.group.WORLD if backend == "gloo" else td.new_group(backend="gloo", timeout=limit)
+    return here
+
+
+def stop() -> None:
+    """Leaves the group."""
+    global _host_group
+    if td.is_initialized():
+        td.destroy_process_group()
+    _host_group = None
+
+
+def rank() -> int:
+    return td.get_rank() if td.is_initialized() else 0
+
+
+def world() -> int:
+    return td.get_world_size() if td.is_initialized() else 1
+
+
+@contextmanager
+def peers() -> Iterator[None]:
+    """Turns a broken or overdue collective into PeerLostError.
+
+    torch reports both as a RuntimeError, which no ScaletrainError is.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        raise PeerLostError(f"rank {rank()} of {world()} lost its peers in a collective: {error}") from error
+
+
+def barrier() -> None:
+    if world() > 1:
+        with peers():
+            td.barrier(group=_host_group)
+
+
+def sum_vector(values: Sequence[float]) -> list[float]:
+    """The sum over all ranks, element by element, in float64 (whole numbers are exact up to 2**53)."""
+    vector = torch.tensor(values, dtype=torch.float64)
+    if world() > 1:
+        with peers():
+            td.all_reduce(vector, group=_host_group)
+    return [float(value) for value in vector.tolist()]
+
+
+def gather_bytes(data: bytes) -> list[bytes]:
+    """What every rank gave, in rank order, on every rank."""
+    if world() == 1:
+        return [data]
+    with peers():
+        sizes = torch.zeros(world(), dtype=torch.int64)
+        sizes[rank()] = len(data)
+        td.all_reduce(sizes, group=_host_group)
+        longest = max(1, int(sizes.max()))
+        mine = torch.zeros(longest, dtype=torch.uint8)
+        mine[: len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else mine[:0]
+        parts = [torch.empty(longest, dtype=torch.uint8) for _ in range(world())]
+        td.all_gather(parts, mine, group=_host_group)
+    return [part[: int(size)].numpy().tobytes() for part, size in zip(parts, sizes, strict=True)]
+
+
+def gather(tree: Any) -> list[Any]:
+    """The JSON value that every rank gave, in rank order, on every rank."""
+    return [json.loads(part) for part in gather_bytes(json.dumps(tree).encode())]
+
+
+def gather_rows(rows: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """The rows [n, columns] of all ranks under each other; ``n`` may differ between ranks, the columns may not."""
+    parts = gather_bytes(np.ascontiguousarray(rows, dtype=np.float64).tobytes())
+    return np.concatenate([np.frombuffer(part, dtype=np.float64).reshape(-1, rows.shape[1]) for part in parts])
+
+
+def broadcast(tree: Any) -> Any:
+    """The JSON value of rank 0, on every rank."""
+    return gather(tree if rank() == 0 else None)[0]
+
+
+def agree(what: str, value: str, kind: type[ScaletrainError] = ScaletrainError) -> None:
+    """Raises an error of ``kind`` on every rank unless all ranks hold the same ``value``."""
+    values = gather(value)
+    if any(other != values[0] for other in values):
+        listed = ", ".join(f"rank {number}: {other}" for number, other in enumerate(values))
+        raise kind(f"the ranks do not agree on {what} ({listed}); they must read the same files and settings")
+
+
+def raise_together(error: Exception | None, what: str) -> None:
+    """Shares the outcome of a phase: no rank leaves it alone.
+
+    A rank that failed raises its own error, the others one of the same exit code that names the failed rank.
+    """
+    mine = None if error is None else [type(error).__name__, str(error), getattr(error, "exit_code", 70)]
+    outcomes = gather(mine)
+    if error is not None:
+        raise error
+    for number, outcome in enumerate(outcomes):
+        if outcome is not None:
+            shared = ScaletrainError(f"{what} failed on rank {number}: {outcome[0]}: {outcome[1]}")
+            shared.exit_code = outcome[2]
+            raise shared

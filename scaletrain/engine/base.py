@@ -1,0 +1,271 @@
+"""What an engine promises, and the part of it that all engines share.
+
+One step of training is always the same six calls::
+
+    totals = engine.begin(rounds, header)        # one host all-reduce: what this step runs, and its counts
+    for slot in slots:
+        outputs = engine.forward(slot)
+        engine.backward(loss_of(outputs, slot, totals))
+    ...                                          # a continual method may change engine.shards() in place
+    norm, sums = engine.clip(max_norm, sums)     # one device all-reduce: the gradient's norm, and the losses
+    engine.step(learning_rate)
+
+The gradient between ``backward`` and ``step`` is the plain *sum* over all slots of all ranks, in fp32. Nothing averages: a loss
+that is divided by counts of the whole step gives the same gradient however its slots are spread over ranks.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal, Protocol
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from scaletrain import dist
+from scaletrain.errors import RoundsError
+
+Precision = Literal["fp32", "bf16"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OptimizerConfig:
+    """AdamW with decoupled weight decay (Loshchilov and Hutter, arXiv 1711.05101), state and update in fp32."""
+
+    name: Literal["adamw"] = "adamw"
+    """Elementwise optimizers only: the state lives on flat shards."""
+    learning_rate: Annotated[float, Field(gt=0)] = 5e-4
+    """The peak that the schedule scales."""
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.98)
+    """Decay of the running mean of the gradient and of its square."""
+    epsilon: Annotated[float, Field(gt=0)] = 1e-6
+    """Added to the root of the second moment."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    """Of weight matrices and embeddings; biases and norms are never decayed."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LocalConfig:
+    """Plain PyTorch in one process: the oracle that the other engines are tested against."""
+
+    name: Literal["local"] = "local"
+    precision: Precision = "fp32"
+    """``bf16`` computes in bfloat16 on fp32 master weights."""
+    debug: bool = False
+    """Check the rounds across ranks at every forward, not once a step."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Zero3Config:
+    """DeepSpeed ZeRO-3: weights, gradients and optimizer state partitioned over all ranks."""
+
+    name: Literal["zero3"] = "zero3"
+    precision: Precision = "fp32"
+    """``bf16`` computes in bfloat16 on fp32 master shards; gradients are reduced and summed in fp32."""
+    persistence_threshold: Annotated[int, Field(ge=0)] = 100_000
+    """Parameters of fewer elements than this stay whole on every rank. Above the largest tensor, ZeRO-3 gathers once per step."""
+    prefetch_elements: Annotated[int, Field(ge=0)] = 50_000_000
+    """How many elements are gathered ahead of their use."""
+    reduce_bucket_elements: Annotated[int, Field(ge=1)] = 50_000_000
+    """How many gradient elements are reduced together."""
+    debug: bool = False
+    """Check the rounds across ranks at every forward, not once a step."""
+    extra: Mapping[str, Any] = field(default_factory=dict)
+    """Further keys of DeepSpeed's configuration. A key that contradicts a derived one is an error."""
+
+
+class MicroBatch(Protocol):
+    """What an engine needs to know of a slot."""
+
+    @property
+    def signature(self) -> str:
+        """Which modules it runs; equal on all ranks in a round."""
+
+    @property
+    def seed(self) -> int:
+        """Of the torch generator, so that dropout does not depend on the rank."""
+
+    @property
+    def inputs(self) -> Mapping[str, Tensor]:
+        """Keyword arguments of the module, on the host."""
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """The piece of one parameter that this rank owns. The tensors are live, flat and fp32: written in place, they count."""
+
+    name: str
+    shape: tuple[int, ...]
+    """Of the whole parameter."""
+    start: int
+    """First element of the flattened parameter that is in the piece."""
+    weight: Tensor
+    gradient: Tensor | None
+    """None for a frozen parameter."""
+    moments: Mapping[str, Tensor]
+    """The optimizer's state by name (``exp_avg``, ``exp_avg_sq``); empty for a frozen parameter."""
+
+
+Loss = Callable[[Any, Any], Tensor]
+
+
+class Engine(ABC):
+    """Forward, backward and step of one module, alike on one rank and on many."""
+
+    updates: int = 0
+    """Optimizer steps taken so far; AdamW's bias correction counts them."""
+
+    def __init__(self, model: nn.Module, device: torch.device, *, module: nn.Module | None = None, debug: bool = False) -> None:
+        """``module`` is what is called where that is not the ``model`` itself but a wrapper around it."""
+        self.module = module or model
+        self._model = model
+        self.device = device
+        self._debug = debug
+        self._rounds: Sequence[str] = ()
+        self._round = 0
+
+    def begin(self, rounds: Sequence[str], header: Mapping[str, float] | None = None) -> dict[str, float]:
+        """Opens a step or a pass of ``len(rounds)`` rounds: all ranks run ``rounds[i]`` in round i, or none runs anything.
+
+        Under ZeRO-3 ranks that run different modules in the same round exchange each other's gradients without an error where
+        the sizes happen to be equal. So the sequence is compared across ranks before the first module runs, in the same host
+        all-reduce that sums ``header`` (counts, tokens, flags; the same keys on all ranks). Returns the sums.
+
+        Raises RoundsError on every rank where the sequences differ.
+        """
+        header = header or {}
+        plan = "\n".join(["rounds", *rounds, "header", *header])
+        # 40 bits: the sum over up to 4,096 ranks stays exact in float64.
+        digest = float(int.from_bytes(hashlib.blake2b(plan.encode(), digest_size=5).digest(), "little"))
+        total, *sums = dist.sum_vector([digest, *header.values()])
+        if total != digest * dist.world():
+            raise RoundsError(
+                f"rank {dist.rank()} was about to run {_counted(rounds)} and other ranks something else in the same rounds; "
+                "nothing was run. Every rank needs the same signatures in the same order"
+            )
+        self._rounds, self._round = tuple(rounds), 0
+        self._clear_gradients()
+        return dict(zip(header, sums, strict=True))
+
+    def forward(self, slot: MicroBatch) -> Any:
+        """The module's output for one slot, with the generator seeded from the slot.
+
+        Raises RoundsError, before the module runs, for a slot that is not the one announced in ``begin``.
+        """
+        if self._debug:
+            dist.agree(f"the modules of round {self._round}", slot.signature, RoundsError)
+        announced = self._rounds[self._round] if self._round < len(self._rounds) else "the end of the step"
+        if slot.signature != announced:
+            raise RoundsError(
+                f"rank {dist.rank()}, round {self._round}: {slot.signature!r} was run where {announced!r} was announced"
+            )
+        torch.manual_seed(slot.seed)
+        self._round += 1
+        return self._call({name: value.to(self.device, non_blocking=True) for name, value in slot.inputs.items()})
+
+    def clip(self, max_norm: float | None, sums: Tensor) -> tuple[float, Tensor]:
+        """Scales the gradient to a global L2 norm of at most ``max_norm`` (None: leaves it).
+
+        ``sums`` [n] float64 on the device, such as this rank's losses, is summed over ranks in the same all-reduce. Returns the
+        norm before scaling, the same float on every rank and not finite if any element was not, and the sums. This is the one
+        place of a step where the host waits for the device.
+        """
+        gradients = [shard.gradient for shard in self.shards() if shard.gradient is not None]
+        norms = torch.stack(torch._foreach_norm(gradients)) if gradients else torch.zeros(1, device=self.device)
+        packed = torch.cat([norms.double().square().sum().reshape(1), sums.to(self.device)])
+        self._all_reduce(packed)
+        packed = packed.cpu()
+        norm = float(packed[0].sqrt())
+        if max_norm is not None and norm > max_norm:
+            torch._foreach_mul_(gradients, max_norm / norm)
+        return norm, packed[1:]
+
+    def gradients(self, slots: Iterable[MicroBatch], loss: Loss, transform: Callable[[Tensor], Tensor] | None = None) -> None:
+        """A gradient pass without a step: afterwards ``shards()`` hold the sum over slots and ranks of ``transform(gradient)``.
+
+        ``transform`` sees the whole gradient of one parameter for one slot, before any reduction: with slots of one sample,
+        ``torch.square`` gives the sum of per-sample squares (empirical Fisher). The next ``begin`` clears the result.
+        """
+        slots = list(slots)
+        self.begin([slot.signature for slot in slots])
+        with self._transformed(transform):
+            for slot in slots:
+                self.backward(loss(self.forward(slot), slot))
+
+    @contextmanager
+    def inference(self) -> Iterator[None]:
+        """No dropout and no graph inside; training goes on as before after it."""
+        self.module.eval()
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            self.module.train()
+
+    def buffers(self) -> dict[str, Tensor]:
+        """The persistent buffers, live: what a model keeps beside its parameters."""
+        found: dict[str, Tensor] = {}
+        for prefix, module in self._model.named_modules():
+            for name, buffer in module.named_buffers(recurse=False):
+                if name not in module._non_persistent_buffers_set:
+                    found[f"{prefix}.{name}" if prefix else name] = buffer
+        return found
+
+    @abstractmethod
+    def backward(self, loss: Tensor) -> None:
+        """Adds the gradient of ``loss`` (a scalar: this slot's part of the step's loss) to the step's."""
+
+    @abstractmethod
+    def step(self, learning_rate: float) -> None:
+        """One optimizer update with the gradient as it now stands in the shards."""
+
+    @abstractmethod
+    def shards(self) -> Iterator[Shard]:
+        """The pieces of all parameters that this rank owns, in the module's order; pieces may be empty.
+
+        Gradients are valid between ``backward`` and ``step``, weights and moments always.
+        """
+
+    @abstractmethod
+    def publish(self, updates: int) -> None:
+        """Call after writing weights or moments of shards: the module computes with them from here on."""
+
+    @abstractmethod
+    def _clear_gradients(self) -> None: ...
+
+    @abstractmethod
+    def _transformed(self, transform: Callable[[Tensor], Tensor] | None) -> Any:
+        """A context in which every parameter's gradient goes through ``transform`` before it is reduced."""
+
+    def _call(self, inputs: Mapping[str, Tensor]) -> Any:
+        return self.module(**inputs)
+
+    @abstractmethod
+    def _all_reduce(self, tensor: Tensor) -> None:
+        """Sums ``tensor`` over ranks in place, on the device."""
+
+
+def _counted(rounds: Sequence[str]) -> str:
+    """``['a', 'a', 'b']`` as ``2 x a, 1 x b``."""
+    return ", ".join(f"{rounds.count(name)} x {name}" for name in dict.fromkeys(rounds)) or "nothing"
+
+
+def build_optimizer(config: OptimizerConfig, groups: list[dict[str, Any]]) -> torch.optim.AdamW:
+    """AdamW over ``groups``; fused, which is one pass over memory on CPU and CUDA alike."""
+    return torch.optim.AdamW(
+        groups, lr=config.learning_rate, betas=config.betas, eps=config.epsilon, weight_decay=config.weight_decay, fused=True
+    )
+
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def initial_state(weight: Tensor) -> dict[str, Tensor]:
+    """AdamW's state before the first step. Made at the start, so that restoring a checkpoint finds it in place."""
+    state = {name: torch.zeros_like(weight) for name in MOMENTS}
+    return {"step": torch.zeros((), dtype=torch.float32, device=weight.device), **state}

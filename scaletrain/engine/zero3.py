@@ -1,0 +1,167 @@
+"""DeepSpeed ZeRO-3: every weight, gradient and moment partitioned over all ranks, with the sums of plain PyTorch.
+
+DeepSpeed divides gradients by the number of ranks and, by default, by the number of accumulation steps. Neither may stay: the
+first is undone by scaling the loss, the second is switched off. Clipping and checkpoints are ours, so DeepSpeed's are not used.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as td
+from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_grad, safe_get_local_optimizer_state
+from torch import Tensor, nn
+
+from scaletrain import dist
+from scaletrain.engine.base import MOMENTS, Engine, OptimizerConfig, Shard, Zero3Config, build_optimizer, initial_state
+from scaletrain.errors import ConfigError
+
+
+class Zero3Engine(Engine):
+    """ZeRO-3 over all ranks of the job, one of them included."""
+
+    def __init__(
+        self,
+        config: Zero3Config,
+        module: nn.Module,
+        groups: list[dict[str, Any]],
+        optimizer: OptimizerConfig,
+        device: torch.device,
+    ) -> None:
+        _start_deepspeed()
+        self._parameters: dict[str, Any] = dict(module.named_parameters())  # DeepSpeed adds attributes to them
+        self._trainable = [name for name, p in self._parameters.items() if p.requires_grad]
+        engine, *_ = deepspeed.initialize(
+            model=module, optimizer=build_optimizer(optimizer, groups), config=settings(config, device), dist_init_required=False
+        )
+        super().__init__(module, device, module=engine, debug=config.debug)
+        self._engine: Any = engine
+        self._zero = engine.optimizer
+        # DeepSpeed makes the moments lazily, at the first step; a checkpoint is restored before it.
+        for flat in self._zero.fp32_partitioned_groups_flat:
+            self._zero.optimizer.state[flat] = initial_state(flat)
+        self._world = float(dist.world())
+        self.module.train()
+
+    def backward(self, loss: Tensor) -> None:
+        self._engine.set_gradient_accumulation_boundary(self._round == len(self._rounds))
+        self._engine.backward(loss * self._world, scale_wrt_gas=False)
+
+    def step(self, learning_rate: float) -> None:
+        for group in self._zero.param_groups:
+            group["lr"] = learning_rate
+        self._engine.step()
+        self.updates += 1
+
+    def shards(self) -> Iterator[Shard]:
+        for name, parameter in self._parameters.items():
+            start, length = _piece(parameter)
+            shape = tuple(parameter.ds_shape)
+            if not parameter.requires_grad:
+                yield Shard(name, shape, start, parameter.ds_tensor.view(-1)[:length].float(), None, {})
+                continue
+            weight = safe_get_local_fp32_param(parameter).detach().view(-1)[:length]
+            gradient = safe_get_local_grad(parameter).view(-1)[:length]
+            moments = {key: safe_get_local_optimizer_state(parameter, key).view(-1)[:length] for key in MOMENTS}
+            yield Shard(name, shape, start, weight, gradient, moments)
+
+    def publish(self, updates: int) -> None:
+        self.updates = updates
+        for state in self._zero.optimizer.state.values():
+            state["step"].fill_(updates)
+        # The module computes from ds_tensor and, for small parameters, from a whole copy kept on every rank.
+        self._zero._partition_all_parameters()
+        for shard in self.shards():
+            self._parameters[shard.name].ds_tensor.data.view(-1)[: shard.weight.numel()].copy_(shard.weight)
+        persistent = self._zero.persistent_parameters
+        if persistent:
+            persistent[0].all_gather(persistent)
+
+    def _clear_gradients(self) -> None:
+        # zero_grad only makes the next reduction overwrite instead of add, and only for parameters that the first slot uses:
+        # a head that a later slot uses would add to its gradient of the step before.
+        self._zero.zero_grad()
+        torch._foreach_zero_([safe_get_local_grad(self._parameters[name]) for name in self._trainable])
+
+    def _all_reduce(self, tensor: Tensor) -> None:
+        with dist.peers():
+            td.all_reduce(tensor)
+
+    @contextmanager
+    def _transformed(self, transform: Callable[[Tensor], Tensor] | None) -> Iterator[None]:
+        # backward() scales the loss by the world, and the reduction divides by it after the hook: the hook undoes both.
+        def hook(gradient: Tensor) -> Tensor:
+            assert transform is not None
+            return transform(gradient / self._world) * self._world
+
+        handles = [self._parameters[name].register_hook(hook) for name in self._trainable] if transform else []
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+def _piece(parameter: Any) -> tuple[int, int]:
+    """(start, length) of this rank's elements of the flattened parameter, without the padding that DeepSpeed puts at its end."""
+    size = math.ceil(parameter.ds_numel / dist.world())
+    start = min(dist.rank() * size, parameter.ds_numel)
+    return start, min(size, parameter.ds_numel - start)
+
+
+def settings(config: Zero3Config, device: torch.device) -> dict[str, Any]:
+    """DeepSpeed's configuration, derived. Raises ConfigError where ``extra`` contradicts it."""
+    derived: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": 1,  # DeepSpeed counts with it, nothing else: slots are of any size
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": 0.0,
+        "steps_per_print": 2**31,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "communication_data_type": "fp32",
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "bf16": {"enabled": config.precision == "bf16"},
+        "zero_optimization": {
+            "stage": 3,
+            "overlap_comm": device.type == "cuda",
+            "contiguous_gradients": True,
+            "reduce_bucket_size": config.reduce_bucket_elements,
+            "stage3_prefetch_bucket_size": config.prefetch_elements,
+            "stage3_param_persistence_threshold": config.persistence_threshold,
+        },
+    }
+    return _merge(derived, config.extra, "engine.extra")
+
+
+def _merge(derived: dict[str, Any], extra: Mapping[str, Any], path: str) -> dict[str, Any]:
+    merged = dict(derived)
+    for key, value in extra.items():
+        known = derived.get(key)
+        if isinstance(known, dict) and isinstance(value, Mapping):
+            merged[key] = _merge(known, value, f"{path}.{key}")
+        elif key in derived and value != known:
+            rule = f"this key is derived from the other settings and is {known!r} here"
+            raise ConfigError(f"{path}.{key}", value, rule, "Remove it from `extra`, or change the setting that it follows from.")
+        else:
+            merged[key] = value
+    return merged
+
+
+def _start_deepspeed() -> None:
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    # torch 2.13 renames two collectives that DeepSpeed calls thousands of times a minute.
+    warnings.filterwarnings(
+        "ignore", message=".*(all_gather_into_tensor|reduce_scatter_tensor).* is deprecated", category=FutureWarning
+    )
+    # The shared-memory op for CPU tensors is compiled at start, for tens of seconds, and fails the start where there is no
+    # compiler. Gloo gives the same sums.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if not deepspeed.comm.is_initialized():
+        deepspeed.init_distributed(dist_init_required=False, auto_mpi_discovery=False)

@@ -1,0 +1,186 @@
+"""From prepared folders to the batches of a rank: which data a run reads, and the plan, slots and loaders that follow from it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field
+
+from scaletrain import dist
+from scaletrain.data.dataset import Dataset, read_manifest
+from scaletrain.data.loader import Loader, LoaderConfig
+from scaletrain.data.plan import CorpusShape, EvalPlan, OrderConfig, PhaseShape, Plan
+from scaletrain.data.slots import SPECIAL_TOKENS, Dealing, DealtPlan, Layout, SlotConfig
+from scaletrain.data.tokenizer import Vocabulary
+from scaletrain.errors import CheckpointError, ConfigError, CorpusError, TokenizerError
+from scaletrain.tasks.mlm import MaskedLanguageModelling, MlmConfig
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CorpusConfig:
+    """A prepared folder and its part in the mixture."""
+
+    path: Path
+    """What `scaletrain prepare` wrote."""
+    weight: Annotated[float, Field(gt=0)] = 1.0
+    """Share of the samples relative to the other corpora."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WarmUpConfig:
+    """A phase before the main one: shorter rows (corpora prepared with a smaller max_tokens) or smaller steps."""
+
+    steps: Annotated[int, Field(ge=1)]
+    """Steps of this phase; they count towards the run's `steps`."""
+    chunks_per_step: Annotated[int, Field(ge=1)]
+    """Chunks per step of this phase."""
+    corpora: tuple[CorpusConfig, ...] = ()
+    """The mixture of this phase; empty: that of the main one."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DataConfig:
+    """What the model reads, and in what order."""
+
+    corpora: Annotated[tuple[CorpusConfig, ...], Field(min_length=1)]
+    """The prepared folders; all with the same tokenizer. Their validation splits are the held-out text."""
+    chunks_per_step: Annotated[int, Field(ge=1)] = 256
+    """Chunks that one optimizer step sees, over all ranks."""
+    warm_up: tuple[WarmUpConfig, ...] = ()
+    """Phases before the main one."""
+    order: OrderConfig = field(default_factory=OrderConfig)
+    """How the chunks are shuffled."""
+    slots: SlotConfig = field(default_factory=SlotConfig)
+    """How a step is cut into micro-batches."""
+    loader: LoaderConfig = field(default_factory=LoaderConfig)
+    """How the chunks are read."""
+
+
+class Corpora:
+    """The training and held-out data of one run, dealt by a rule that is fixed for the whole run."""
+
+    def __init__(self, config: DataConfig, steps: int, seed: int, layout: Layout, dealing: Dealing | None) -> None:
+        """``dealing``: the rule that the run was started with; None on a fresh start.
+
+        Raises CorpusError, TokenizerError or ConfigError for folders that cannot be trained on together, CheckpointError for slot
+        settings that are not those of the fresh start, and WorldSizeError for a number of ranks that wastes too many slots.
+        """
+        self._config = config
+        self.dealing = dealing or Dealing.of(config.slots, layout, dist.world())
+        _check_dealing(config.slots, layout, self.dealing)
+        self._datasets = {path: Dataset.open(path) for path in _paths(config)}
+        by_path = self._datasets
+        self.tokenizer_folder, self.vocabulary = _shared_tokenizer(list(by_path.values()))
+        self.plan = Plan(seed, _phases(config, steps, by_path), config.order)
+        by_digest = {dataset.digest: dataset for dataset in by_path.values()}
+        self.datasets = [by_digest[corpus.digest] for corpus in self.plan.corpora]
+        self._train = DealtPlan(self.plan, [dataset.lengths for dataset in self.datasets], self.dealing)
+        self.waste = self._train.check_world(
+            dist.world(), multiple_follows=dealing is None and config.slots.slot_multiple is None
+        )
+        dist.agree("the data", self.plan.digest)
+
+    def identity(self) -> dict[str, str]:
+        """Digests of what a resumed run must find unchanged."""
+        return {
+            "tokenizer": self.vocabulary.digest,
+            "data.corpora": " ".join(dataset.digest[:12] for dataset in self.datasets),
+            "data.chunks_per_step": str(self._config.chunks_per_step),
+            "data.plan": self.plan.digest,
+        }
+
+    def check_positions(self, max_positions: int) -> None:
+        """Raises ConfigError for a model whose longest row is shorter than a chunk with its special tokens."""
+        longest = max(self.datasets, key=lambda dataset: dataset.max_tokens)
+        needed = longest.max_tokens + SPECIAL_TOKENS
+        if needed > max_positions:
+            rule = f"{longest.folder} was prepared with max_tokens {longest.max_tokens}, which take {needed} with [CLS] and [SEP]"
+            most = max_positions - SPECIAL_TOKENS
+            remedy = f"Use a model of at least {needed}, or prepare the data with max_tokens of at most {most}"
+            raise ConfigError("model.max_positions", max_positions, rule, remedy)
+
+    @property
+    def tokens_per_chunk(self) -> float:
+        """Mean over all corpora, special tokens included."""
+        return sum(d.tokens for d in self.datasets) / sum(d.chunks for d in self.datasets) + 2
+
+    def task(self, config: MlmConfig, seed: int) -> MaskedLanguageModelling:
+        return MaskedLanguageModelling(config, self.vocabulary, self.dealing, [dataset.digest for dataset in self.datasets], seed)
+
+    def loader(self, task: MaskedLanguageModelling) -> Loader:
+        return Loader(self._train, self.datasets, task.collate, dist.rank(), dist.world(), self._config.loader)
+
+    def held_out(self, chunks_per_pass: int) -> HeldOut:
+        """The validation splits of the main phase's corpora. Raises CorpusError where one has none."""
+        for corpus in self._config.corpora:
+            if "validation" not in read_manifest(corpus.path)["splits"]:
+                rule = "the held-out loss is measured on the validation split of every corpus"
+                remedy = "Set evaluation.every_steps=0, or prepare it with validation_fraction or a validation source"
+                raise CorpusError(str(corpus.path), "no validation split", rule, remedy)
+        datasets = [Dataset.open(corpus.path, "validation") for corpus in self._config.corpora]
+        plan = EvalPlan([CorpusShape(dataset.digest, dataset.chunks) for dataset in datasets], chunks_per_pass)
+        dealt = DealtPlan(plan, [dataset.lengths for dataset in datasets], self.dealing)
+        return HeldOut(datasets, dealt, plan.samples, self._config.loader)
+
+
+@dataclass(frozen=True, slots=True)
+class HeldOut:
+    """Held-out data: every chunk once, in order."""
+
+    datasets: Sequence[Dataset]
+    dealt: DealtPlan
+    samples: int
+    _loader: LoaderConfig
+
+    def task(self, task: MaskedLanguageModelling) -> MaskedLanguageModelling:
+        return task.for_evaluation([dataset.digest for dataset in self.datasets])
+
+    def loader(self, task: MaskedLanguageModelling) -> Loader:
+        return Loader(self.dealt, self.datasets, task.collate, dist.rank(), dist.world(), self._loader)
+
+
+def _paths(config: DataConfig) -> list[Path]:
+    mixtures = [config.corpora, *(phase.corpora for phase in config.warm_up)]
+    return list(dict.fromkeys(corpus.path for mixture in mixtures for corpus in mixture))
+
+
+def _phases(config: DataConfig, steps: int, datasets: Mapping[Path, Dataset]) -> list[PhaseShape]:
+    main_steps = steps - sum(phase.steps for phase in config.warm_up)
+    if main_steps < 1:
+        raise ConfigError("steps", steps, f"data.warm_up takes {steps - main_steps} of them", "Leave steps for the main phase.")
+
+    def shapes(corpora: Sequence[CorpusConfig]) -> tuple[CorpusShape, ...]:
+        digests = [datasets[corpus.path].digest for corpus in corpora]
+        for number, digest in enumerate(digests):
+            if digest in digests[:number]:
+                rule = "it holds the same text as another corpus of its mixture"
+                raise ConfigError("data.corpora", str(corpora[number].path), rule, "Name it once, with the summed weight")
+        return tuple(CorpusShape(datasets[c.path].digest, datasets[c.path].chunks, c.weight) for c in corpora)
+
+    warm_up = [
+        PhaseShape(shapes(phase.corpora or config.corpora), phase.chunks_per_step, phase.steps) for phase in config.warm_up
+    ]
+    return [*warm_up, PhaseShape(shapes(config.corpora), config.chunks_per_step, main_steps)]
+
+
+def _shared_tokenizer(datasets: Sequence[Dataset]) -> tuple[Path, Vocabulary]:
+    first = datasets[0]
+    for other in datasets[1:]:
+        if other.tokenizer_digest != first.tokenizer_digest:
+            rule = f"{first.folder} was tokenised with another one ({first.tokenizer_digest[:12]})"
+            remedy = "Prepare one again with `tokenizer: {name: pretrained, path: OTHER/tokenizer}`."
+            raise TokenizerError(f"tokenizer of {other.folder}", other.tokenizer_digest[:12], rule, remedy)
+    return first.tokenizer_folder, Vocabulary.open(first.tokenizer_folder)
+
+
+def _check_dealing(config: SlotConfig, layout: Layout, dealing: Dealing) -> None:
+    """The settings may not say otherwise than the run's own rule; an empty slot_multiple says nothing."""
+    asked = asdict(config) | {"layout": layout}
+    for name, kept in asdict(dealing).items():
+        if asked[name] is not None and asked[name] != kept:
+            where = "model.layout" if name == "layout" else f"data.slots.{name}"
+            rule = f"this run was started with {kept!r}, and what a slot holds follows from it"
+            raise CheckpointError(where, asked[name], rule, "Set it back, or start again from step 0 with --fresh.")

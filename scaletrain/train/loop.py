@@ -1,0 +1,118 @@
+"""The loop. Pretraining, fine-tuning and continual learning are this loop with other parts around it.
+
+It is a generator of records: whoever runs it decides between two steps what is due. Nothing here knows about ranks: the engine
+sums over them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from scaletrain.engine import Engine
+from scaletrain.errors import DivergedError
+from scaletrain.train.control import StopRequest
+from scaletrain.train.metrics import Meter, StepRecord, StepTotals
+
+
+class Batch(Protocol):
+    """One rank's part of a step, as the loader gives it."""
+
+    @property
+    def step(self) -> int: ...
+    @property
+    def slots(self) -> Sequence[Any]: ...
+    @property
+    def rounds(self) -> Sequence[str]: ...
+    @property
+    def counts(self) -> Mapping[str, int]: ...
+    @property
+    def real_tokens(self) -> int: ...
+    @property
+    def padded_tokens(self) -> int: ...
+    @property
+    def fillers(self) -> int: ...
+    @property
+    def samples_after(self) -> int: ...
+    @property
+    def wait_s(self) -> float: ...
+
+
+class Learner(Protocol):
+    """What a task says of a slot: the sums that its loss is made of."""
+
+    @property
+    def weights(self) -> Mapping[str, float]:
+        """Term -> its weight in the loss."""
+
+    def terms(self, outputs: Any, slot: Any) -> Mapping[str, Tensor]:
+        """Term -> scalar sum over the slot; divided later by the term's count over the whole step."""
+
+
+def train(
+    engine: Engine,
+    task: Learner,
+    batches: Iterable[Batch],
+    learning_rate: Callable[[int], float],
+    max_norm: float | None,
+    stop: StopRequest,
+    meter: Meter,
+) -> Iterator[StepRecord]:
+    """One record per step taken; ends with the batches, or after the step in which any rank was asked to stop (``stop.agreed``).
+
+    ``learning_rate`` is a function of the number of the step, counted from 0. Raises DivergedError on all ranks, with the weights
+    as they were before the step, where the loss or the gradient is not finite.
+    """
+    names = list(task.weights)
+    meter.begin()
+    for batch in batches:
+        totals = engine.begin(batch.rounds, _header(batch, names, stop))
+        stop.agreed = totals["stop"] > 0
+        sums = torch.zeros(len(names), dtype=torch.float64, device=engine.device)
+        for slot in batch.slots:
+            terms = task.terms(engine.forward(slot), slot)
+            engine.backward(torch.stack([task.weights[t] * terms[t] / max(1.0, totals[f"count {t}"]) for t in names]).sum())
+            sums += torch.stack([terms[t].detach() for t in names]).double()
+        norm, sums = engine.clip(max_norm, sums)
+        losses = {t: float(value) / max(1.0, totals[f"count {t}"]) for t, value in zip(names, sums, strict=True)}
+        loss = sum(task.weights[t] * losses[t] for t in names)
+        if not (math.isfinite(norm) and math.isfinite(loss)):
+            raise DivergedError(
+                f"step {batch.step + 1}: loss {loss}, gradient norm {norm}; the weights of the step before were kept. "
+                "Lower optimizer.learning_rate, lengthen the warm-up, or look at the samples of this step"
+            )
+        rate = learning_rate(batch.step)
+        engine.step(rate)
+        yield meter.record(
+            StepTotals(
+                step=batch.step + 1,
+                samples=batch.samples_after,
+                real_tokens=int(totals["real tokens"]),
+                padded_tokens=int(totals["padded tokens"]),
+                rounds=len(batch.rounds),
+                filler_share=batch.fillers / totals["slots"],
+            ),
+            loss=loss,
+            terms=losses,
+            learning_rate=rate,
+            gradient_norm=norm,
+            wait_s=batch.wait_s,
+        )
+        if stop.agreed:
+            return
+        meter.begin()  # what was done between two steps, such as an evaluation, belongs to neither
+
+
+def _header(batch: Batch, names: Sequence[str], stop: StopRequest) -> dict[str, float]:
+    """What the ranks tell each other at the start of a step."""
+    return {
+        **{f"count {name}": float(batch.counts.get(name, 0)) for name in names},
+        "real tokens": float(batch.real_tokens),
+        "padded tokens": float(batch.padded_tokens),
+        "slots": float(len(batch.slots)),
+        "stop": float(stop.requested),
+    }

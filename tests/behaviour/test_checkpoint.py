@@ -1,0 +1,158 @@
+"""Checkpoints: resumed equals uninterrupted to the byte, any world size reads any other's, and a damaged one is never loaded."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from scaletrain import checkpoint, dist
+from scaletrain.checkpoint import Progress
+from scaletrain.errors import CheckpointError
+from tests import ranks, toy
+
+IDENTITY = {"model": "toy"}
+
+
+def go(
+    folder: str, name: str, until: int, precision: str = "fp32", save_at: list[int] | None = None, die_at: int | None = None
+) -> dict[str, Any]:
+    """Takes steps from the newest checkpoint on, saves at some of them, and says what was computed."""
+    made = toy.make(name, precision)
+    last = checkpoint.newest(Path(folder))
+    start = checkpoint.restore(last, made, IDENTITY).step if last else 0
+    losses = {}
+    for step in range(start, until):
+        for loss, norm in toy.steps(made, step, step + 1):
+            losses[step] = [loss.hex(), norm.hex()]
+        if step + 1 in (save_at or []):
+            checkpoint.save(Path(folder), made, Progress(step + 1, {"phase": 0, "samples": step + 1}, IDENTITY), keep=2)
+        if step + 1 == die_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+    return {"start": start, "losses": losses, "digest": toy.digest(made), "weights": toy.pieces(made), "updates": made.updates}
+
+
+@pytest.mark.parametrize(
+    ("name", "world", "precision"), [("local", 1, "fp32"), ("zero3", 2, "fp32"), ("zero3", 2, "bf16"), ("local", 1, "bf16")]
+)
+def test_killed_and_resumed_equals_uninterrupted_to_the_byte(tmp_path: Path, name: str, world: int, precision: str) -> None:
+    """SIGKILL of all ranks three steps after a checkpoint; SHA-256 of all weights and moments after 20 more steps."""
+    arguments = {"folder": str(tmp_path / "whole"), "name": name, "until": 26, "precision": precision}
+    whole = ranks.run(go, world, arguments)
+    broken = {**arguments, "folder": str(tmp_path / "broken")}
+    for outcome in ranks.attempt(go, world, {**broken, "save_at": [6], "die_at": 9}):
+        assert outcome["status"] == f"signal {signal.SIGKILL:d}"
+    resumed = ranks.run(go, world, broken)
+    for rank in range(world):
+        assert resumed[rank]["start"] == 6
+        assert resumed[rank]["losses"] == {step: value for step, value in whole[rank]["losses"].items() if int(step) >= 6}
+        assert resumed[rank]["digest"] == whole[rank]["digest"]
+        assert resumed[rank]["updates"] == 26
+
+
+def test_two_then_one_then_four_ranks_train_on_as_one_run(tmp_path: Path) -> None:
+    """The first leg on the local engine's own world, the others under ZeRO-3; the same losses and weights as without a break."""
+    expected = ranks.run(go, 1, {"folder": str(tmp_path / "whole"), "name": "local", "until": 24})[0]
+    losses: dict[str, Any] = {}
+    legs = [("zero3", 2, 6), ("local", 1, 12), ("zero3", 4, 18), ("zero3", 1, 24)]
+    for name, world, until in legs:
+        results = ranks.run(go, world, {"folder": str(tmp_path / "elastic"), "name": name, "until": until, "save_at": [until]})
+        losses |= results[0]["losses"]
+    mine = torch.tensor([[float.fromhex(v) for v in losses[str(step)]] for step in range(24)])
+    theirs = torch.tensor([[float.fromhex(v) for v in expected["losses"][str(step)]] for step in range(24)])
+    assert mine == pytest.approx(theirs, abs=1e-5)
+    weights = toy.whole([result["weights"] for result in results])
+    assert toy.furthest(toy.whole([expected["weights"]]), weights) < 1e-5
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Checkpoints of steps 2 and 4, written by two ranks."""
+    folder = tmp_path_factory.mktemp("saved") / "checkpoints"
+    ranks.run(go, 2, {"folder": str(folder), "name": "zero3", "until": 4, "save_at": [1, 2, 4]})
+    return folder
+
+
+@pytest.fixture
+def copy(saved: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(saved, tmp_path / "checkpoints"))
+
+
+def test_only_the_newest_are_kept(saved: Path) -> None:
+    assert sorted(path.name for path in saved.iterdir()) == ["latest", "step-00000002", "step-00000004"]
+
+
+def test_every_file_is_named_with_its_digest_and_every_element_is_there_once(saved: Path) -> None:
+    newest = checkpoint.find(saved)[0]
+    assert [entry["name"] for entry in newest.manifest["files"]] == [
+        f"state-0000{rank}-of-00002.safetensors" for rank in range(2)
+    ]
+    weights = checkpoint.weights(newest)
+    shapes = {name: list(value.shape) for name, value in weights.items()}
+    model = toy.model()
+    assert shapes == {name: list(p.shape) for name, p in [*model.named_parameters(), *model.named_buffers()]}
+
+
+@pytest.mark.parametrize("damage", ["cut", "flipped", "missing", "manifest cut", "manifest missing"])
+def test_a_damaged_newest_is_passed_over_for_the_one_before(copy: Path, damage: str) -> None:
+    newest = copy / "step-00000004"
+    file = newest / ("MANIFEST.json" if damage.startswith("manifest") else "state-00001-of-00002.safetensors")
+    data = bytearray(file.read_bytes())
+    if damage.endswith("missing"):
+        file.unlink()
+    elif damage == "flipped":
+        data[len(data) // 2] ^= 1
+        file.write_bytes(data)
+    else:
+        file.write_bytes(data[: len(data) // 2])
+    if damage.startswith("manifest"):
+        found = checkpoint.newest(copy)
+    else:
+        with pytest.warns(UserWarning, match="state-00001-of-00002"):
+            found = checkpoint.newest(copy)
+    assert found is not None
+    assert found.progress.step == 2
+
+
+def test_a_leftover_of_a_cut_save_and_a_wrong_pointer_change_nothing(copy: Path) -> None:
+    shutil.copytree(copy / "step-00000004", copy / ".step-00000009.partial")
+    (copy / "latest").write_text("step-00000099\r\n")
+    found = checkpoint.newest(copy)
+    assert found is not None
+    assert found.progress.step == 4
+
+
+def test_no_whole_checkpoint_where_there_were_some_is_an_error(copy: Path) -> None:
+    """Never a silent start at step 0."""
+    for manifest in copy.glob("step-*/MANIFEST.json"):
+        manifest.unlink()
+    with pytest.raises(CheckpointError, match="--fresh"):
+        checkpoint.newest(copy)
+
+
+def test_a_fresh_start_sets_the_old_checkpoints_aside(copy: Path) -> None:
+    assert checkpoint.set_aside(copy) == copy.with_name("checkpoints.before-fresh-1")
+    assert checkpoint.newest(copy) is None
+    assert len(checkpoint.find(copy.with_name("checkpoints.before-fresh-1"))) == 2
+
+
+def test_a_checkpoint_of_something_else_is_refused_by_name(copy: Path) -> None:
+    made = toy.make("local")
+    before = toy.digest(made)
+    try:
+        last = checkpoint.find(copy)[0]
+        with pytest.raises(CheckpointError, match="model: got 'other'"):
+            checkpoint.restore(last, made, {"model": "other"})
+        manifest = json.loads((last.folder / "MANIFEST.json").read_text())
+        manifest["parameters"]["hidden.weight"]["shape"] = [24, 25]
+        with pytest.raises(CheckpointError, match=r"hidden\.weight"):
+            checkpoint.restore(checkpoint.Checkpoint(last.folder, manifest), made, IDENTITY)
+        assert toy.digest(made) == before
+    finally:
+        dist.stop()

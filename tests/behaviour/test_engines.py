@@ -1,0 +1,116 @@
+"""The engine contract: ZeRO-3 on any number of ranks gives the sums of plain PyTorch, and no rank runs another's modules."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from scaletrain import dist
+from scaletrain.errors import RoundsError
+from tests import ranks, toy
+
+
+def train_twenty_steps(name: str, precision: str = "fp32") -> dict[str, Any]:
+    made = toy.make(name, precision)
+    losses = list(toy.steps(made, 0, 20))
+    return {"losses": losses, "weights": toy.pieces(made)}
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_zero3_equals_plain_pytorch_after_twenty_steps(world: int) -> None:
+    """Tied weights, dropout, unequal counts, clipping, decay groups, and a head that not every slot uses."""
+    expected = ranks.run(train_twenty_steps, 1, {"name": "local"})[0]
+    results = ranks.run(train_twenty_steps, world, {"name": "zero3"})
+    for result in results:
+        assert torch.tensor(result["losses"]) == pytest.approx(torch.tensor(expected["losses"]), abs=1e-5)
+    weights = toy.whole([result["weights"] for result in results])
+    assert toy.furthest(toy.whole([expected["weights"]]), weights) < 1e-5
+
+
+def test_bf16_keeps_masters_in_fp32_on_both_engines() -> None:
+    """The two differ by bf16 rounding in the forward pass only."""
+    expected = ranks.run(train_twenty_steps, 1, {"name": "local", "precision": "bf16"})[0]
+    results = ranks.run(train_twenty_steps, 2, {"name": "zero3", "precision": "bf16"})
+    assert results[0]["losses"][-1][0] == pytest.approx(expected["losses"][-1][0], rel=2e-2)
+    weights = toy.whole([result["weights"] for result in results])
+    assert any((value != value.bfloat16().float()).any() for value in weights.values())
+
+
+def sum_of_squares(name: str) -> dict[str, Any]:
+    made = toy.make(name)
+    list(toy.steps(made, 0, 1))
+    made.module.eval()
+    samples = [toy.slot(9, number) for number in range(8)]
+    made.gradients(samples[dist.rank() :: dist.world()], toy.loss, torch.square)
+    squares = toy.pieces(made, lambda shard: shard.gradient)
+    made.gradients(samples[dist.rank() :: dist.world()], toy.loss)
+    return {"squares": squares, "plain": toy.pieces(made, lambda shard: shard.gradient), "weights": toy.pieces(made)}
+
+
+@pytest.mark.parametrize(("name", "world"), [("local", 1), ("zero3", 1), ("zero3", 2), ("zero3", 4)])
+def test_a_gradient_pass_gives_per_slot_squares_and_leaves_nothing_behind(name: str, world: int) -> None:
+    """Against autograd on the same weights, one slot at a time; the pass after it is not touched by it."""
+    results = ranks.run(sum_of_squares, world, {"name": name})
+    weights = toy.whole([result["weights"] for result in results])
+    reference = toy.model().eval()
+    with torch.no_grad():
+        for key, parameter in reference.named_parameters():
+            parameter.copy_(weights[key].view_as(parameter))
+    squares = {key: torch.zeros(p.numel()) for key, p in reference.named_parameters()}
+    plain = {key: torch.zeros(p.numel()) for key, p in reference.named_parameters()}
+    for number in range(8):
+        item = toy.slot(9, number)
+        reference.zero_grad()
+        toy.loss(reference(**item.inputs), item).backward()
+        for key, parameter in reference.named_parameters():
+            gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            squares[key] += gradient.flatten().square()
+            plain[key] += gradient.flatten()
+    for key, value in toy.whole([result["squares"] for result in results]).items():
+        torch.testing.assert_close(value, squares[key], rtol=1e-4, atol=1e-6)
+    for key, value in toy.whole([result["plain"] for result in results]).items():
+        torch.testing.assert_close(value, plain[key], rtol=1e-4, atol=1e-5)
+
+
+def skewed(debug: bool, announced: bool) -> dict[str, Any]:
+    """Rank 1 runs the other head of the same size; where ``announced`` is false it says it would run the same."""
+    made = toy.make("zero3", debug=debug)
+    before = toy.digest(made)
+    head = dist.rank() % 2
+    item = toy.slot(0, 0, head)
+    try:
+        made.begin([item.signature if announced else "head 0"])
+        toy.loss(made.forward(item), item)
+    except Exception as error:
+        return {
+            "raised": type(error).__name__,
+            "message": str(error),
+            "updates": made.updates,
+            "same": toy.digest(made) == before,
+        }
+    return {"raised": None}
+
+
+def test_heads_skewed_between_ranks_raise_on_every_rank_before_anything_runs() -> None:
+    for result in ranks.run(skewed, 2, {"debug": False, "announced": True}):
+        assert result["raised"] == RoundsError.__name__
+        assert "head" in result["message"]
+        assert (result["updates"], result["same"]) == (0, True)
+
+
+def test_debug_finds_a_module_that_was_not_announced_on_every_rank() -> None:
+    for result in ranks.run(skewed, 2, {"debug": True, "announced": False}):
+        assert result["raised"] == RoundsError.__name__
+        assert (result["updates"], result["same"]) == (0, True)
+
+
+def test_a_slot_that_was_not_announced_raises_before_the_module_runs() -> None:
+    made = toy.make("local")
+    try:
+        made.begin(["head 0"])
+        with pytest.raises(RoundsError, match="'head 1' was run where 'head 0' was announced"):
+            made.forward(toy.slot(0, 0, head=1))
+    finally:
+        dist.stop()

@@ -1,0 +1,162 @@
+"""A pretraining run is a function of its plan: the same at any world size, and the same after being killed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from scaletrain import checkpoint, dist
+from scaletrain.config import decode
+from scaletrain.engine import Engine
+from scaletrain.errors import RequeueError
+from scaletrain.recipes import pretrain
+from scaletrain.train.metrics import read_jsonl
+from tests import ranks, tiny
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.corpus(tmp_path_factory.mktemp("corpus"))
+
+
+def run(tree: dict[str, Any], die_after: int | None = None, stop_after: int | None = None) -> dict[str, str]:
+    """One rank of a run; returns the hash of what ``engine.forward`` received, by step and slot."""
+    received: dict[str, str] = {}
+    forward, step = Engine.forward, Engine.clip
+
+    def recorded(self: Engine, slot: Any) -> Any:
+        content = hashlib.sha256(repr(slot.seed).encode())
+        for name, value in sorted({**slot.inputs, **slot.targets}.items()):
+            content.update(name.encode() + repr(tuple(value.shape)).encode() + value.numpy().tobytes())
+        received[f"{slot.step}/{slot.index}"] = content.hexdigest()
+        return forward(self, slot)
+
+    def interrupted(self: Engine, *arguments: Any) -> Any:
+        if self.updates == die_after:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if self.updates == stop_after and dist.rank() == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(self, *arguments)
+
+    Engine.forward, Engine.clip = recorded, interrupted  # type: ignore[method-assign]  # in a process of its own
+    try:
+        pretrain.main(decode(pretrain.Config, tree))
+    finally:
+        Engine.forward, Engine.clip = forward, step  # type: ignore[method-assign]
+    return received
+
+
+def losses(output: Path) -> list[str]:
+    """Loss of every step to the bit, from the record of the run."""
+    return [line["loss_hex"] for line in read_jsonl(output / "metrics.jsonl") if line["kind"] == "step"]
+
+
+def weights(output: Path) -> dict[str, torch.Tensor]:
+    return checkpoint.weights(checkpoint.find(output / "checkpoints")[0])
+
+
+def joined(results: list[dict[str, str]]) -> dict[str, str]:
+    """What all ranks received; a slot that two ranks ran would be a mistake."""
+    assert sum(len(result) for result in results) == len(set().union(*results))
+    return {key: value for result in results for key, value in result.items()}
+
+
+def test_one_two_and_four_ranks_equal_plain_pytorch(prepared: Path, tmp_path: Path) -> None:
+    """Dropout 0.1, unequal masked counts: the inputs of every slot to the bit, losses and weights after 20 steps to 1e-5."""
+    tree = tiny.settings(prepared, tmp_path / "local", engine={"name": "local"})
+    expected = joined(ranks.run(run, 1, {"tree": tree}))
+    loss = torch.tensor([float.fromhex(value) for value in losses(tmp_path / "local")])
+    assert len(loss) == 20
+    assert loss[-1] < loss[0] - 0.3
+    reference = weights(tmp_path / "local")
+    for world in (1, 2, 4):
+        output = tmp_path / f"world-{world}"
+        assert joined(ranks.run(run, world, {"tree": tiny.settings(prepared, output)})) == expected
+        mine = torch.tensor([float.fromhex(value) for value in losses(output)])
+        torch.testing.assert_close(mine, loss, rtol=0, atol=1e-5)
+        for name, value in weights(output).items():
+            torch.testing.assert_close(value, reference[name], rtol=0, atol=1e-5)
+
+
+def test_a_world_size_that_does_not_divide_the_slots_changes_nothing_but_idle_slots(prepared: Path, tmp_path: Path) -> None:
+    """Three ranks for slots in multiples of four: fillers run the whole model for nothing, and the loss is the same."""
+    data = tiny.settings(prepared, tmp_path)["data"] | {"slots": {"micro_batch_tokens": 64, "slot_multiple": 4}}
+    for world in (1, 3):
+        output = tmp_path / f"world-{world}"
+        ranks.run(run, world, {"tree": tiny.settings(prepared, output, data=data, steps=5)})
+    one, three = ([float.fromhex(value) for value in losses(tmp_path / f"world-{world}")] for world in (1, 3))
+    assert three == pytest.approx(one, abs=1e-5)
+    assert any(line.get("filler_share", 0) > 0 for line in read_jsonl(tmp_path / "world-3" / "metrics.jsonl"))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_killed_at_an_arbitrary_step_and_resumed_equals_uninterrupted(prepared: Path, tmp_path: Path, precision: str) -> None:
+    """SIGKILL of all ranks in the middle of step 8, saved every 3: bytes of weights and moments, losses, inputs, at step 26."""
+    engine = {"name": "zero3", "precision": precision, "persistence_threshold": 1000}
+    changes: dict[str, Any] = {"steps": 26, "engine": engine, "checkpoint": {"every_steps": 3, "keep": 3}}
+    whole = tiny.settings(prepared, tmp_path / "whole", **changes)
+    broken = tiny.settings(prepared, tmp_path / "broken", **changes)
+    expected = joined(ranks.run(run, 2, {"tree": whole}))
+    for outcome in ranks.attempt(run, 2, {"tree": broken, "die_after": 7}):
+        assert outcome["status"] == f"signal {signal.SIGKILL:d}"
+    received = joined(ranks.run(run, 2, {"tree": broken}))
+    assert received == {key: value for key, value in expected.items() if int(key.split("/")[0]) >= 6}
+    assert losses(tmp_path / "broken") == losses(tmp_path / "whole")
+    left, right = (checkpoint.find(tmp_path / name / "checkpoints")[0] for name in ("whole", "broken"))
+    assert left.progress.step == right.progress.step == 26
+    assert left.manifest["files"] == right.manifest["files"]  # sizes and SHA-256
+
+
+def test_the_loss_is_the_same_through_two_one_and_four_ranks(prepared: Path, tmp_path: Path) -> None:
+    tree = tiny.settings(prepared, tmp_path / "whole", steps=15, engine={"name": "local"})
+    ranks.run(run, 1, {"tree": tree})
+    for world, stop_at in ((2, 5), (1, 10), (4, 15)):
+        elastic = tiny.settings(prepared, tmp_path / "elastic", steps=15, checkpoint={"every_steps": 5})
+        outcomes = ranks.attempt(run, world, {"tree": elastic, "die_after": stop_at})
+        assert {outcome["status"] for outcome in outcomes} == ({"ok"} if stop_at == 15 else {f"signal {signal.SIGKILL:d}"})
+    mine, theirs = ([float.fromhex(value) for value in losses(tmp_path / name)] for name in ("elastic", "whole"))
+    assert mine == pytest.approx(theirs, abs=1e-5)
+    reference = weights(tmp_path / "whole")
+    for name, value in weights(tmp_path / "elastic").items():
+        torch.testing.assert_close(value, reference[name], rtol=0, atol=1e-5)
+
+
+def test_a_signal_to_one_rank_stops_all_after_the_same_step_and_loses_nothing(prepared: Path, tmp_path: Path) -> None:
+    tree = tiny.settings(prepared, tmp_path / "run", steps=9)
+    for outcome in ranks.attempt(run, 2, {"tree": tree, "stop_after": 3}):
+        assert (outcome["type"], outcome["exit_code"]) == ("RequeueError", RequeueError.exit_code)
+    left = json.loads((tmp_path / "run" / "exit.json").read_text())
+    assert left["code"] == 75
+    assert checkpoint.find(tmp_path / "run" / "checkpoints")[0].progress.step == left["step"] == 5
+    ranks.run(run, 2, {"tree": tree})
+    assert len(losses(tmp_path / "run")) == 9
+    assert json.loads((tmp_path / "run" / "exit.json").read_text()) == {"code": 0, "step": 9, "reason": "done"}
+
+
+def test_the_resolved_settings_in_the_run_folder_rerun_the_run(prepared: Path, tmp_path: Path) -> None:
+    ranks.run(run, 1, {"tree": tiny.settings(prepared, tmp_path / "run", steps=4)})
+    from scaletrain.config import load
+
+    again = load(pretrain.Config, tmp_path / "run" / "config.yaml", [f"output={tmp_path / 'again'}"])
+    assert again == decode(pretrain.Config, tiny.settings(prepared, tmp_path / "again", steps=4))
+
+
+def evaluation(tree: dict[str, Any]) -> list[dict[str, Any]]:
+    pretrain.main(decode(pretrain.Config, tree))
+    return [line["scores_hex"] for line in read_jsonl(Path(tree["output"]) / "metrics.jsonl") if line["kind"] == "eval"]
+
+
+def test_evaluation_gives_the_same_bits_on_any_number_of_ranks(prepared: Path, tmp_path: Path) -> None:
+    """Same weights, each held-out chunk scored once wherever it falls, added up once."""
+    first = {}
+    for world in (1, 2, 4):
+        tree = tiny.settings(prepared, tmp_path / str(world), steps=1, evaluation={"every_steps": 1, "chunks_per_pass": 50})
+        first[world] = ranks.run(evaluation, world, {"tree": tree})[0][0]
+    assert first[1] == first[2] == first[4]
