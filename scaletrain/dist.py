@@ -108,6 +108,14 @@ def peers() -> Iterator[None]:
         raise PeerLostError(f"rank {rank()} of {world()} lost its peers in a collective: {error}") from error
 
 
+def lost_peer(error: BaseException | None) -> PeerLostError | None:
+    """The PeerLostError that stands behind a RuntimeError of a collective that a library called, if that is what it was."""
+    signs = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer")
+    if isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs):
+        return PeerLostError(f"rank {rank()} of {world()} lost its peers in a collective: {error}")
+    return None
+
+
 def barrier() -> None:
     if world() > 1:
         with peers():

@@ -117,7 +117,10 @@ class Written:
 
 
 class ShardWriter:
-    """One tar shard and its index; they get their names when both are whole and on the disk. Raises StorageError."""
+    """One tar shard and its index; they get their names when both are whole and on the disk.
+
+    Every method but ``discard``, which is owed to a shard that is not finished, raises StorageError.
+    """
 
     def __init__(self, folder: Path, name: str) -> None:
         """``name`` is the shard's path under ``folder``, without the suffix: 'train/000000'."""
@@ -132,7 +135,7 @@ class ShardWriter:
 
     def add(self, data: bytes | memoryview, records: Records) -> None:
         """Append samples as they lie in ``data``; ``records`` describes them with offsets relative to it."""
-        with self._writing(len(data)):
+        with storage(self._folder, len(data)):
             self._stream.write(data)
         self._hash.update(data)
         moved = records.copy()
@@ -143,7 +146,7 @@ class ShardWriter:
 
     def finish(self) -> Written:
         """Close the archive, write the index, rename both into place."""
-        with self._writing(len(_END)):
+        with storage(self._folder, len(_END)):
             self._stream.write(_END)
             self._stream.flush()
             os.fsync(self._stream.fileno())
@@ -164,12 +167,3 @@ class ShardWriter:
             self._stream.close()
         with contextlib.suppress(OSError):
             self._temporary.unlink(missing_ok=True)
-
-    @contextlib.contextmanager
-    def _writing(self, needed: int) -> Iterator[None]:
-        try:
-            with storage(self._folder, needed):
-                yield
-        except StorageError:
-            self.discard()
-            raise

@@ -39,7 +39,10 @@ class Zero3Engine(Engine):
         self._parameters: dict[str, Any] = dict(module.named_parameters())  # DeepSpeed adds attributes to them
         self._trainable = [name for name, p in self._parameters.items() if p.requires_grad]
         engine, *_ = deepspeed.initialize(
-            model=module, optimizer=build_optimizer(optimizer, groups), config=settings(config, device), dist_init_required=False
+            model=module,
+            optimizer=build_optimizer(optimizer, groups),
+            config=settings(config, device, sum(p.numel() for p in self._parameters.values())),
+            dist_init_required=False,
         )
         super().__init__(module, device, module=engine, debug=config.debug)
         self._engine: Any = engine
@@ -116,8 +119,8 @@ def _piece(parameter: Any) -> tuple[int, int]:
     return start, min(size, parameter.ds_numel - start)
 
 
-def settings(config: Zero3Config, device: torch.device) -> dict[str, Any]:
-    """DeepSpeed's configuration, derived. Raises ConfigError where ``extra`` contradicts it."""
+def settings(config: Zero3Config, device: torch.device, elements: int) -> dict[str, Any]:
+    """DeepSpeed's configuration for a model of so many elements, derived. Raises ConfigError where ``extra`` contradicts it."""
     derived: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 1,  # DeepSpeed counts with it, nothing else: slots are of any size
         "gradient_accumulation_steps": 1,
@@ -132,7 +135,7 @@ def settings(config: Zero3Config, device: torch.device) -> dict[str, Any]:
             "stage": 3,
             "overlap_comm": device.type == "cuda",
             "contiguous_gradients": True,
-            "reduce_bucket_size": config.reduce_bucket_elements,
+            "reduce_bucket_size": min(config.reduce_bucket_elements, elements),  # the bucket is allocated whole
             "stage3_prefetch_bucket_size": config.prefetch_elements,
             "stage3_param_persistence_threshold": config.persistence_threshold,
         },

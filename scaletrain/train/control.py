@@ -77,6 +77,9 @@ class Session:
             if isinstance(error, RequeueError):
                 dist.barrier()
             self._leave(error.exit_code, _said(error))
+        elif (lost := dist.lost_peer(error)) is not None:
+            self._leave(lost.exit_code, str(lost))
+            raise lost from error
         else:
             self._leave(ScaletrainError.exit_code, "".join(traceback.format_exception_only(kind, error)).strip())
         if error is None or isinstance(error, (InputError, RequeueError)):

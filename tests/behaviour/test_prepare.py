@@ -6,6 +6,7 @@ import gzip
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -183,6 +184,17 @@ def test_a_byte_level_tokenizer_and_one_that_exists_can_be_used(settings: Callab
     assert Dataset.open(tmp_path / "b").digest == Dataset.open(tmp_path / "a").digest
 
 
+def test_the_vocabulary_is_learned_from_train_alone(settings: Callable[..., PrepareConfig], tmp_path: Path) -> None:
+    """Every document has a word of its own, which becomes a token where it was seen."""
+    words = ["".join(chr(97 + number // 26**place % 26) for place in range(3)) + "q" * 5 for number in range(200)]
+    (tmp_path / "a.txt").write_text("\n".join(words))
+    source = {"name": "text", "paths": [str(tmp_path / "a.txt")], "document": "line"}
+    prepare(settings(tmp_path / "out", source=source, tokenizer={"name": "wordpiece", "vocab_size": 2000, "min_frequency": 1}))
+    train, held_out = (Dataset.open(tmp_path / "out", split) for split in ("train", "validation"))
+    assert set(train.lengths) == {1}
+    assert 1 not in set(held_out.lengths)
+
+
 # -------------------------------------------------------------------------------------------------------- the same bytes, always
 
 
@@ -220,15 +232,7 @@ MOMENTS: dict[str, Callable[[Path], bool]] = {
 def test_killed_and_run_again_it_gives_the_bytes_of_an_uninterrupted_run(
     settings: Callable[..., PrepareConfig], prepared: Path, tmp_path: Path, moment: str
 ) -> None:
-    folder = tmp_path / "killed"
-    process = run_cli(tmp_path, settings(folder, processes=2))
-    deadline = time.monotonic() + 100
-    while not MOMENTS[moment](folder) and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.001)
-    children = descendants(process.pid)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    assert process.returncode == -signal.SIGKILL
+    folder, children = tmp_path / "killed", kill_at(MOMENTS[moment], tmp_path, settings(tmp_path / "killed", processes=2))
     assert not (folder / "manifest.json").exists()
     with pytest.raises(CorpusError):
         Dataset.open(folder)
@@ -237,6 +241,24 @@ def test_killed_and_run_again_it_gives_the_bytes_of_an_uninterrupted_run(
     assert contents(folder) == contents(prepared)
     assert kept.items() <= contents(folder).items()
     assert wait_until_gone(children) == set()
+
+
+def kill_at(moment: Callable[[Path], bool], tmp_path: Path, made: PrepareConfig) -> set[int]:
+    """Start prepare and SIGKILL it when the moment has come; the processes that it had started.
+
+    Where this process is not scheduled until prepare has finished, the moment is gone and has to be waited for once more.
+    """
+    for _ in range(10):
+        shutil.rmtree(made.output, ignore_errors=True)
+        process = run_cli(tmp_path, made)
+        while not moment(made.output) and process.poll() is None:
+            time.sleep(0.001)
+        children = descendants(process.pid)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        if process.returncode == -signal.SIGKILL and not (made.output / "manifest.json").exists():
+            return children
+    raise AssertionError("prepare finished ten times before it could be killed")
 
 
 def descendants(parent: int) -> set[int]:
@@ -462,14 +484,21 @@ def test_a_finished_folder_can_be_used_read_only(settings: Callable[..., Prepare
     assert prepare(settings(small_disk / "out"))["status"] == "already prepared"
 
 
+def command_line(pid: int) -> bytes:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    except (FileNotFoundError, ProcessLookupError):
+        return b""
+
+
 def test_a_process_that_dies_is_reported_and_the_run_continues(
     settings: Callable[..., PrepareConfig], prepared: Path, tmp_path: Path
 ) -> None:
     folder = tmp_path / "out"
     process = run_cli(tmp_path, settings(folder))
-    while not (folder / "train").exists() and process.poll() is None:
-        time.sleep(0.001)
-    workers = [pid for pid in descendants(process.pid) if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    workers: list[int] = []
+    while not workers and process.poll() is None:
+        workers = [pid for pid in descendants(process.pid) if b"spawn_main" in command_line(pid)]
     os.kill(workers[0], signal.SIGKILL)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 70

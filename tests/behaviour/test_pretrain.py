@@ -26,12 +26,16 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny.corpus(tmp_path_factory.mktemp("corpus"))
 
 
-def run(tree: dict[str, Any], die_after: int | None = None, stop_after: int | None = None) -> dict[str, str]:
+def run(
+    tree: dict[str, Any], die_after: int | None = None, stop_after: int | None = None, lost_after: int | None = None
+) -> dict[str, str]:
     """One rank of a run; returns the hash of what ``engine.forward`` received, by step and slot."""
     received: dict[str, str] = {}
     forward, step = Engine.forward, Engine.clip
 
     def recorded(self: Engine, slot: Any) -> Any:
+        if self.updates == lost_after and dist.rank() == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
         content = hashlib.sha256(repr(slot.seed).encode())
         for name, value in sorted({**slot.inputs, **slot.targets}.items()):
             content.update(name.encode() + repr(tuple(value.shape)).encode() + value.numpy().tobytes())
@@ -138,6 +142,39 @@ def test_a_signal_to_one_rank_stops_all_after_the_same_step_and_loses_nothing(pr
     ranks.run(run, 2, {"tree": tree})
     assert len(losses(tmp_path / "run")) == 9
     assert json.loads((tmp_path / "run" / "exit.json").read_text()) == {"code": 0, "step": 9, "reason": "done"}
+
+
+def test_a_rank_that_dies_in_a_forward_pass_is_said_to_be_lost(prepared: Path, tmp_path: Path) -> None:
+    """The other rank is inside a collective of DeepSpeed then, not one of ours."""
+    survivor, victim = ranks.attempt(run, 2, {"tree": tiny.settings(prepared, tmp_path / "run", steps=5), "lost_after": 2})
+    assert victim["status"] == f"signal {signal.SIGKILL:d}"
+    assert (survivor["type"], survivor["exit_code"]) == ("PeerLostError", 76)
+    assert json.loads((tmp_path / "run" / "exit.json").read_text())["code"] == 76
+
+
+def spoiled(tree: dict[str, Any]) -> dict[str, Any]:
+    """A run in which rank 1's gradient is not a number in the third step."""
+    clip = Engine.clip
+
+    def spoil(self: Engine, *arguments: Any) -> Any:
+        if self.updates == 2 and dist.rank() == dist.world() - 1:
+            next(shard.gradient for shard in self.shards() if shard.gradient is not None).fill_(float("nan"))
+        return clip(self, *arguments)
+
+    Engine.clip = spoil  # type: ignore[method-assign]  # in a process of its own
+    try:
+        pretrain.main(decode(pretrain.Config, tree))
+    finally:
+        Engine.clip = clip  # type: ignore[method-assign]
+    return {}
+
+
+def test_a_gradient_that_is_not_finite_on_one_rank_ends_the_run_on_all_before_the_update(prepared: Path, tmp_path: Path) -> None:
+    tree = tiny.settings(prepared, tmp_path / "run", steps=5, checkpoint={"every_steps": 1})
+    for outcome in ranks.attempt(spoiled, 2, {"tree": tree}):
+        assert (outcome["type"], outcome["exit_code"]) == ("DivergedError", 72)
+    assert json.loads((tmp_path / "run" / "exit.json").read_text())["step"] == 2
+    assert checkpoint.find(tmp_path / "run" / "checkpoints")[0].progress.step == 2
 
 
 def test_the_resolved_settings_in_the_run_folder_rerun_the_run(prepared: Path, tmp_path: Path) -> None:

@@ -1,0 +1,97 @@
+"""The commands of README, as a newcomer would type them one after the other, in one folder; only the runs are shorter."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from scaletrain.recipes import quickstart
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+SHORTER = {
+    "tools/quickstart": ["steps=6"],
+    "tools/test": ["--collect-only", "--quiet", "tests/unit/test_config.py"],
+    "pretrain": ["steps=6", "data.chunks_per_step=16", "evaluation.every_steps=6"],
+}
+
+
+def commands() -> list[list[str]]:
+    """Every line of every bash block, split into words."""
+    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    lines = [line.split("#")[0].strip() for block in blocks for line in block.splitlines()]
+    return [shlex.split(line) for line in lines if line]
+
+
+def as_here(words: list[str]) -> list[str]:
+    """The same command with this interpreter's programs, made shorter."""
+    shorter = [extra for name, extras in SHORTER.items() if name in words for extra in extras]
+    if words[0] == "tools/quickstart" and Path(sys.prefix) != ROOT / ".venv":
+        words = ["scaletrain", "quickstart"]  # not in the environment that the tools make: do not make one in a test
+    if words[0] == "tools/test" and Path(sys.prefix) != ROOT / ".venv":
+        words = [sys.executable, "-m", "pytest"]
+    if words[0].startswith("tools/"):
+        return [str(ROOT / words[0]), *words[1:], *shorter]
+    return [str(Path(sys.executable).with_name(words[0])) if "/" not in words[0] else words[0], *words[1:], *shorter]
+
+
+@pytest.fixture(scope="module")
+def outputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, subprocess.CompletedProcess[str]]:
+    """Runs them all; the corpus that quickstart prepared is where the next commands look for theirs."""
+    folder = tmp_path_factory.mktemp("newcomer")
+    (folder / "configs").symlink_to(ROOT / "configs")
+    (folder / "prepared").mkdir()
+    (folder / "prepared" / "stdlib").symlink_to(folder / "quickstart" / "corpus")
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PATH": path, "OMP_NUM_THREADS": "1"}
+    done = {}
+    for words in commands():
+        where = ROOT if words[0] == "tools/test" else folder
+        done[" ".join(words)] = subprocess.run(as_here(words), cwd=where, env=environment, capture_output=True, text=True, timeout=170)
+    return done
+
+
+@pytest.mark.timeout(600)
+def test_every_command_ends_well(outputs: dict[str, subprocess.CompletedProcess[str]]) -> None:
+    failed = {command: f"{done.returncode}\n{done.stderr[-1500:]}" for command, done in outputs.items() if done.returncode}
+    assert failed == {}
+    assert {"tools/quickstart", "tools/test"} <= {command.split()[0] for command in outputs}
+
+
+def test_quickstart_ends_with_one_json_object_of_measured_figures(outputs: dict[str, subprocess.CompletedProcess[str]]) -> None:
+    result: dict[str, Any] = json.loads(outputs["tools/quickstart"].stdout.splitlines()[-1])
+    assert result["mlm_eval_loss_last"] < result["mlm_eval_loss_first"]
+    assert 4 < result["unigram_entropy"] < 8
+    assert result["export_max_abs_diff"] <= 1e-5
+    assert result["vocab_size"] >= 4096
+    assert result["steps"] == 6
+
+
+def test_quickstart_runs_the_settings_that_the_configs_show() -> None:
+    """Only the paths differ: what a newcomer reads in configs/ is what was run."""
+    trees = quickstart.settings(quickstart.Config())
+    for stage, tree in trees.items():
+        shown = yaml.safe_load((ROOT / "configs" / stage / "stdlib.yaml").read_text())
+        assert _without_paths(_numbers(shown)) == _without_paths({**tree, "seed": 1} if "seed" in shown else tree), stage
+
+
+def _numbers(tree: Any) -> Any:
+    """YAML 1.1 reads 2e-3 as text; ours does not."""
+    if isinstance(tree, dict):
+        return {key: _numbers(value) for key, value in tree.items()}
+    return float(tree) if isinstance(tree, str) and re.fullmatch(r"\d+e-\d+", tree) else tree
+
+
+def _without_paths(tree: dict[str, Any]) -> dict[str, Any]:
+    kept = {key: value for key, value in tree.items() if key not in ("output", "run", "seed")}
+    if "data" in kept:
+        kept["data"] = {**kept["data"], "corpora": len(kept["data"]["corpora"])}
+    return kept
