@@ -30,7 +30,8 @@ def settings(prepared: Path, output: Path, architecture: str, engine: str, layou
     extra = {"local_attention": 8} if architecture == "modernbert" else {}
     encoder = {**tiny.MODEL, "architecture": architecture, "layout": layout, "dropout": dropout, "extra": extra}
     engines = {"local": {"name": "local"}, "zero3": {"name": "zero3", "persistence_threshold": 1000}}
-    return tiny.settings(prepared, output, steps=STEPS, model=encoder, engine=engines[engine])
+    rates = {"name": "linear", "final_ratio": 0.5}  # by default the last step has the rate 0
+    return tiny.settings(prepared, output, steps=STEPS, model=encoder, engine=engines[engine], schedule=rates)
 
 
 def train(trees: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:

@@ -1,4 +1,4 @@
-"""What a user may get wrong when pretraining or exporting: each mistake is named, its exit code says whose it is, nothing is lost."""
+"""What a user may get wrong when pretraining or exporting: each mistake is named, its exit code says whose it is."""
 
 from __future__ import annotations
 
@@ -298,7 +298,8 @@ ELSE = "Use the settings of that run, another output folder, or --fresh."
         ),
         (
             "steps=1",
-            "steps: got 1; the run in {output} has taken 2 steps already. Set a larger number, another output folder, or --fresh.",
+            "steps: got 1; the run in {output} has taken 2 steps already. "
+            "Set a larger number, another output folder, or --fresh.",
         ),
     ],
 )

@@ -307,6 +307,7 @@ def test_hashes_that_a_kill_left_unaccounted_for_do_not_count(
     with (tmp_path / "out/seen.bin").open("ab") as stream:
         stream.write(os.urandom(16 * 20 + 5))
     interrupt(made, monkeypatch, 2)
+    assert (tmp_path / "out/seen.bin").stat().st_size == 16 * journal(tmp_path / "out")["seen"]
     prepare(made)
     assert contents(tmp_path / "out") == contents(prepared)
 

@@ -1,10 +1,11 @@
-"""Real processes: a job under our launcher and under DeepSpeed's own is the same run, and ends as it should however it is ended."""
+"""Real processes: a job is the same run under our launcher and DeepSpeed's, and ends as it should however it is ended."""
 
 from __future__ import annotations
 
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -163,10 +164,12 @@ def no_compiler(tmp_path: Path) -> str:
     """A PATH with the virtual environment and the system's programs, but no compiler."""
     folder = tmp_path / "bin"
     folder.mkdir()
-    for place in ("/usr/bin", "/bin"):
-        for program in Path(place).iterdir():
-            if not COMPILERS.fullmatch(program.name) and not (folder / program.name).exists():
-                (folder / program.name).symlink_to(program)
+    programs = {program.name: program for place in ("/usr/bin", "/bin") for program in Path(place).iterdir()}
+    for name, program in programs.items():
+        if not COMPILERS.fullmatch(name):
+            (folder / name).symlink_to(program)
+    for compiler in ("c++", "g++", "cc", "gcc", "clang"):
+        assert shutil.which(compiler, path=f"{TOOLS}{os.pathsep}{folder}") is None
     return f"{TOOLS}{os.pathsep}{folder}"
 
 
