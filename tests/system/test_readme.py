@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import yaml
 
+from scaletrain.launcher.local import free_port
 from scaletrain.recipes import quickstart
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -38,6 +39,8 @@ def as_here(words: list[str]) -> list[str]:
         words = ["scaletrain", "quickstart"]  # not in the environment that the tools make: do not make one in a test
     if words[0] == "tools/test" and Path(sys.prefix) != ROOT / ".venv":
         words = [sys.executable, "-m", "pytest"]
+    if words[0] == "deepspeed":
+        words = ["deepspeed", "--master_port", str(free_port()), *words[1:]]  # its own choice may be taken on a shared machine
     if words[0].startswith("tools/"):
         return [str(ROOT / words[0]), *words[1:], *shorter]
     return [str(Path(sys.executable).with_name(words[0])) if "/" not in words[0] else words[0], *words[1:], *shorter]
