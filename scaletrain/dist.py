@@ -62,6 +62,9 @@ def device(name: str) -> torch.device:
 _host_group: td.ProcessGroup | None = None
 
 
+_ALONE = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+
+
 def start(device: torch.device, timeout_s: float = 1800.0) -> Place:
     """Joins the other ranks. Call it once, before an engine is made.
 
@@ -73,6 +76,7 @@ def start(device: torch.device, timeout_s: float = 1800.0) -> Place:
     backend = "nccl" if device.type == "cuda" else "gloo"
     with peers():
         if here.world == 1 and "MASTER_ADDR" not in os.environ:
+            os.environ.update(_ALONE)  # DeepSpeed asks for them even then
             td.init_process_group(backend, store=td.HashStore(), rank=0, world_size=1, timeout=limit)  # type: ignore[attr-defined]
         else:
             td.init_process_group(backend, rank=here.rank, world_size=here.world, timeout=limit)
@@ -85,6 +89,9 @@ def stop() -> None:
     global _host_group
     if td.is_initialized():
         td.destroy_process_group()
+    if "MASTER_ADDR" not in os.environ:
+        for name in _ALONE:
+            os.environ.pop(name, None)
     _host_group = None
 
 

@@ -11,7 +11,6 @@
     │   ├── CheckpointError             a checkpoint: missing where one was asked for, or of another run
     │   ├── WorldSizeError              a number of ranks that the plan's slots do not fit
     │   └── DeviceError                 a device that this machine does not have
-    ├── DataBudgetError             66  more samples were unreadable than the run allows
     ├── DivergedError               72  the loss or the gradient is not finite
     ├── StorageError                74  a disk that is full, read-only, or failing
     ├── RequeueError                75  stopped on request; the same command continues
@@ -71,12 +70,6 @@ class WorldSizeError(InputError):
 
 class DeviceError(InputError):
     """A device that was asked for and is not there."""
-
-
-class DataBudgetError(ScaletrainError):
-    """More samples could not be read than the run's budget allows."""
-
-    exit_code: int = 66
 
 
 class DivergedError(ScaletrainError):

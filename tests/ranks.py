@@ -123,7 +123,7 @@ def _import_everything() -> None:
     """What a rank would import, some of it only when an engine is made; and the proof that forking is still safe."""
     import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401  # through torch.compile, which imports torch's compilers
     import torch
-    import torch.utils.tensorboard  # noqa: F401
+    import torch.utils.tensorboard
     from transformers import AutoModelForMaskedLM, AutoTokenizer, BertForMaskedLM  # noqa: F401
 
     import scaletrain.recipes.pretrain  # noqa: F401

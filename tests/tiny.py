@@ -11,18 +11,18 @@ from scaletrain.data.prepare import PrepareConfig, prepare
 MODEL = {"architecture": "bert", "layers": 2, "hidden": 32, "heads": 2, "max_positions": 64, "dropout": 0.1}
 
 
-def corpus(folder: Path) -> Path:
+def corpus(folder: Path, *, max_tokens: int = 46, tokenizer: Path | None = None, skip: int = 0) -> Path:
     """Prepares Python's help topics, cut into paragraphs, under ``folder``; returns the prepared folder."""
     from pydoc_data.topics import topics
 
     text = folder / "topics.txt"
-    text.write_text("\n\n".join(topics[name] for name in sorted(topics))[:300_000])
+    text.write_text("\n\n".join(topics[name] for name in sorted(topics))[skip : skip + 300_000])
     tree = {
         "output": str(folder / "prepared"),
         "source": {"name": "text", "paths": [str(text)], "document": "paragraph"},
         "validation_fraction": 0.1,
-        "tokenizer": {"name": "wordpiece", "vocab_size": 700},
-        "max_tokens": 46,
+        "tokenizer": {"name": "pretrained", "path": str(tokenizer)} if tokenizer else {"name": "wordpiece", "vocab_size": 700},
+        "max_tokens": max_tokens,
         "chunks_per_shard": 400,
         "processes": 1,
     }

@@ -49,20 +49,37 @@ def newest(folder: Path) -> Checkpoint | None:
     """
     names = dist.broadcast([checkpoint.folder.name for checkpoint in find(folder)])
     for name in names:
-        manifest = read(folder / name)
-        found = dist.gather("cannot be read here" if manifest is None else faults(folder / name, manifest))
-        if manifest is not None and not any(found):
+        manifest, found = _verified(folder / name)
+        if manifest is not None and not found:
             return Checkpoint(folder / name, manifest)
         if dist.rank() == 0:
-            warnings.warn(f"checkpoint {folder / name} is damaged and was passed over: {next(filter(None, found))}", stacklevel=2)
+            warnings.warn(f"checkpoint {folder / name} is damaged and was passed over: {found}", stacklevel=2)
     if dist.broadcast(bool(names) or (folder / "latest").exists()):
         rule = "it held checkpoints and none of them is whole"
         raise CheckpointError(str(folder), names, rule, "Restore one from a backup, or start again from step 0 with --fresh.")
     return None
 
 
+def whole(folder: Path) -> bool:
+    """Whether the checkpoint in ``folder`` verifies, on every rank. Collective."""
+    return not _verified(folder)[1]
+
+
+def sizes_fit(checkpoint: Checkpoint) -> bool:
+    """Whether all files are there in full; a look at the folder, not at what the files hold."""
+    sizes = {path.name: path.stat().st_size for path in checkpoint.folder.iterdir()}
+    return all(sizes.get(entry["name"]) == entry["bytes"] for entry in checkpoint.manifest["files"])
+
+
+def _verified(folder: Path) -> tuple[dict[str, Any] | None, str]:
+    """The manifest as read here, and the first fault that any rank found; empty where there is none. Collective."""
+    manifest = read(folder)
+    found = dist.gather("the manifest cannot be read" if manifest is None else faults(folder, manifest))
+    return manifest, next(filter(None, found), "")
+
+
 def set_aside(folder: Path) -> Path | None:
-    """Renames a folder of checkpoints, so that a fresh start loses nothing; returns its new name. Collective."""
+    """Renames what an earlier run left, so that a fresh start loses nothing; returns its new name. Collective."""
     aside = next(path for n in itertools.count(1) if not (path := folder.with_name(f"{folder.name}.before-fresh-{n}")).exists())
 
     def rename() -> bool:

@@ -15,8 +15,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from scaletrain import dist
-from scaletrain.checkpoint.finding import find, phase
-from scaletrain.checkpoint.manifest import FORMAT, VERSION, Progress, file_digest, parts, read, sync_folder, write, write_durably
+from scaletrain.checkpoint.finding import find, phase, sizes_fit, whole
+from scaletrain.checkpoint.manifest import FORMAT, VERSION, Progress, file_digest, parts, sync_folder, write, write_durably
 from scaletrain.engine import Engine
 
 
@@ -27,7 +27,7 @@ def save(folder: Path, engine: Engine, progress: Progress, keep: int) -> Path:
     """
     final = folder / f"step-{progress.step:08d}"
     partial = folder / f".{final.name}.partial"
-    if dist.broadcast(read(final) is not None):
+    if whole(final):
         return final  # resumed here, nothing happened since
     dist.agree("the buffers of the model", _buffers_digest(engine))
     phase(lambda: _clear(folder, partial) if dist.rank() == 0 else None, "making room for a checkpoint")
@@ -37,6 +37,8 @@ def save(folder: Path, engine: Engine, progress: Progress, keep: int) -> Path:
         if dist.rank() == 0:
             write(partial, _manifest(engine, progress, files))
             sync_folder(partial)
+            if final.exists():
+                _discard(final)  # a damaged one: the run came by here again
             partial.rename(final)
             sync_folder(folder)
             write_durably(folder / "latest", f"{final.name}\n".encode())
@@ -96,8 +98,13 @@ def _clear(folder: Path, partial: Path) -> None:
 
 
 def _retain(folder: Path, keep: int) -> None:
-    for old in find(folder)[keep:]:
-        # Renamed first: a kill in the middle of unlinking leaves no checkpoint that looks whole.
-        trash = folder / f".{old.folder.name}.trash"
-        old.folder.rename(trash)
-        shutil.rmtree(trash)
+    """Drops all but the ``keep`` newest. One with files missing or cut counts for nothing."""
+    for old in [checkpoint for checkpoint in find(folder) if sizes_fit(checkpoint)][keep:]:
+        _discard(old.folder)
+
+
+def _discard(checkpoint: Path) -> None:
+    # Renamed first: a kill in the middle of unlinking leaves no checkpoint that looks whole.
+    trash = checkpoint.with_name(f".{checkpoint.name}.trash")
+    checkpoint.rename(trash)
+    shutil.rmtree(trash)

@@ -119,6 +119,8 @@ class Engine(ABC):
 
     updates: int = 0
     """Optimizer steps taken so far; AdamW's bias correction counts them."""
+    _gradients: dict[str, Tensor]
+    """This rank's pieces of the gradients of all trainable parameters, live, any padding in them zero."""
 
     def __init__(self, model: nn.Module, device: torch.device, *, module: nn.Module | None = None, debug: bool = False) -> None:
         """``module`` is what is called where that is not the ``model`` itself but a wrapper around it."""
@@ -129,20 +131,25 @@ class Engine(ABC):
         self._rounds: Sequence[str] = ()
         self._round = 0
 
-    def begin(self, rounds: Sequence[str], header: Mapping[str, float] | None = None) -> dict[str, float]:
+    def begin(
+        self, rounds: Sequence[str], header: Mapping[str, float] | None = None, failure: Exception | None = None
+    ) -> dict[str, float]:
         """Opens a step or a pass of ``len(rounds)`` rounds: all ranks run ``rounds[i]`` in round i, or none runs anything.
 
         Under ZeRO-3 ranks that run different modules in the same round exchange each other's gradients without an error where
         the sizes happen to be equal. So the sequence is compared across ranks before the first module runs, in the same host
         all-reduce that sums ``header`` (counts, tokens, flags; the same keys on all ranks). Returns the sums.
 
-        Raises RoundsError on every rank where the sequences differ.
+        A rank that cannot take part gives its ``failure``, which all ranks then raise together, with its exit code. Raises
+        RoundsError on every rank where the sequences differ.
         """
         header = header or {}
         plan = "\n".join(["rounds", *rounds, "header", *header])
         # 40 bits: the sum over up to 4,096 ranks stays exact in float64.
         digest = float(int.from_bytes(hashlib.blake2b(plan.encode(), digest_size=5).digest(), "little"))
-        total, *sums = dist.sum_vector([digest, *header.values()])
+        failures, total, *sums = dist.sum_vector([float(failure is not None), digest, *header.values()])
+        if failures:
+            dist.raise_together(failure, "reading the data")
         if total != digest * dist.world():
             raise RoundsError(
                 f"rank {dist.rank()} was about to run {_counted(rounds)} and other ranks something else in the same rounds; "
@@ -175,7 +182,7 @@ class Engine(ABC):
         norm before scaling, the same float on every rank and not finite if any element was not, and the sums. This is the one
         place of a step where the host waits for the device.
         """
-        gradients = [shard.gradient for shard in self.shards() if shard.gradient is not None]
+        gradients = list(self._gradients.values())
         norms = torch.stack(torch._foreach_norm(gradients)) if gradients else torch.zeros(1, device=self.device)
         packed = torch.cat([norms.double().square().sum().reshape(1), sums.to(self.device)])
         self._all_reduce(packed)

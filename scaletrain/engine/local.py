@@ -32,7 +32,9 @@ class LocalEngine(Engine):
             )
         dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
         masters = {name: p.detach().to(device, torch.float32) for name, p in module.named_parameters()}
-        super().__init__(module.to(device=device, dtype=dtype), device, debug=config.debug)
+        super().__init__(module.to(device), device, debug=config.debug)
+        for parameter in module.parameters():
+            parameter.data = parameter.data.to(dtype)  # not the buffers: rotary frequencies do not bear rounding
         self._parameters = dict(module.named_parameters())
         # In fp32 the master is the parameter itself; in bf16 a copy that the parameter follows.
         self._masters = {

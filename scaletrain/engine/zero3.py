@@ -50,6 +50,9 @@ class Zero3Engine(Engine):
         # DeepSpeed makes the moments lazily, at the first step; a checkpoint is restored before it.
         for flat in self._zero.fp32_partitioned_groups_flat:
             self._zero.optimizer.state[flat] = initial_state(flat)
+        # Live views: of the gradients, which lie in one flat buffer, and of fp32 copies of what is frozen.
+        self._gradients = {name: _own(self._parameters[name], safe_get_local_grad) for name in self._trainable}
+        self._frozen = {name: p.ds_tensor.detach().float() for name, p in self._parameters.items() if not p.requires_grad}
         self._world = float(dist.world())
         self.module.train()
 
@@ -67,13 +70,12 @@ class Zero3Engine(Engine):
         for name, parameter in self._parameters.items():
             start, length = _piece(parameter)
             shape = tuple(parameter.ds_shape)
-            if not parameter.requires_grad:
-                yield Shard(name, shape, start, parameter.ds_tensor.view(-1)[:length].float(), None, {})
+            if name in self._frozen:
+                yield Shard(name, shape, start, self._frozen[name].view(-1)[:length], None, {})
                 continue
-            weight = safe_get_local_fp32_param(parameter).detach().view(-1)[:length]
-            gradient = safe_get_local_grad(parameter).view(-1)[:length]
-            moments = {key: safe_get_local_optimizer_state(parameter, key).view(-1)[:length] for key in MOMENTS}
-            yield Shard(name, shape, start, weight, gradient, moments)
+            weight = _own(parameter, safe_get_local_fp32_param)
+            moments = {key: _own(parameter, safe_get_local_optimizer_state, key) for key in MOMENTS}
+            yield Shard(name, shape, start, weight, self._gradients[name], moments)
 
     def publish(self, updates: int) -> None:
         self.updates = updates
@@ -91,7 +93,7 @@ class Zero3Engine(Engine):
         # zero_grad only makes the next reduction overwrite instead of add, and only for parameters that the first slot uses:
         # a head that a later slot uses would add to its gradient of the step before.
         self._zero.zero_grad()
-        torch._foreach_zero_([safe_get_local_grad(self._parameters[name]) for name in self._trainable])
+        torch._foreach_zero_(list(self._gradients.values()))
 
     def _all_reduce(self, tensor: Tensor) -> None:
         with dist.peers():
@@ -119,6 +121,11 @@ def _piece(parameter: Any) -> tuple[int, int]:
     return start, min(size, parameter.ds_numel - start)
 
 
+def _own(parameter: Any, get: Callable[..., Tensor], *arguments: str) -> Tensor:
+    """What ``get`` finds of this rank's piece: flat, live, without the padding."""
+    return get(parameter, *arguments).detach().view(-1)[: _piece(parameter)[1]]
+
+
 def settings(config: Zero3Config, device: torch.device, elements: int) -> dict[str, Any]:
     """DeepSpeed's configuration for a model of so many elements, derived. Raises ConfigError where ``extra`` contradicts it."""
     derived: dict[str, Any] = {
@@ -126,6 +133,7 @@ def settings(config: Zero3Config, device: torch.device, elements: int) -> dict[s
         "gradient_accumulation_steps": 1,
         "gradient_clipping": 0.0,
         "steps_per_print": 2**31,
+        "timers": {"throughput": {"enabled": False}},  # it waits for the device at every slot
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "communication_data_type": "fp32",
@@ -143,6 +151,18 @@ def settings(config: Zero3Config, device: torch.device, elements: int) -> dict[s
     return _merge(derived, config.extra, "engine.extra")
 
 
+FREE = frozenset(
+    {
+        *("comms_logger", "flops_profiler", "wall_clock_breakdown", "memory_breakdown", "dump_state"),
+        *("stage3_max_live_parameters", "stage3_max_reuse_distance", "stage3_module_granularity_threshold", "leaf_module"),
+        *("stage3_model_persistence_threshold", "stage3_use_all_reduce_for_fetch_params", "stage3_allgather_sequential"),
+        *("sub_group_size", "log_trace_cache_warnings"),
+    }
+)
+"""Keys that change how fast a step runs or what DeepSpeed logs of it. Others (offload, partitions of another shape, loss scaling,
+a scheduler) would move or change what shards, sums and checkpoints are read from."""
+
+
 def _merge(derived: dict[str, Any], extra: Mapping[str, Any], path: str) -> dict[str, Any]:
     merged = dict(derived)
     for key, value in extra.items():
@@ -152,6 +172,9 @@ def _merge(derived: dict[str, Any], extra: Mapping[str, Any], path: str) -> dict
         elif key in derived and value != known:
             rule = f"this key is derived from the other settings and is {known!r} here"
             raise ConfigError(f"{path}.{key}", value, rule, "Remove it from `extra`, or change the setting that it follows from.")
+        elif key not in derived and key not in FREE:
+            rule = "shards, sums and checkpoints rely on DeepSpeed's own setting of it"
+            raise ConfigError(f"{path}.{key}", value, rule, f"Keys that can be passed on: {', '.join(sorted(FREE))}.")
         else:
             merged[key] = value
     return merged

@@ -48,7 +48,7 @@ class LocalConfig:
     port: Annotated[int, Field(ge=0, le=65535)] = 0
     """Where the ranks meet; 0 picks a free one."""
     grace_s: Annotated[float, Field(ge=0)] = 30.0
-    """Seconds that the ranks have to save and stop after SIGTERM or SIGINT, before they are killed."""
+    """Seconds that the ranks have to save and stop after SIGTERM, SIGINT or SIGUSR1, before they are killed."""
     peer_grace_s: Annotated[float, Field(ge=0)] = 10.0
     """Seconds that the other ranks have to notice a failed one, before they are killed."""
     logs: Path | None = None
@@ -222,12 +222,12 @@ def _code_of(pid: int) -> int | None:
 
 @contextmanager
 def _signals_to(group: _Group) -> Iterator[None]:
-    """While the ranks run, SIGTERM and SIGINT are theirs: the terminal sends Ctrl-C to the launcher's group only."""
+    """While the ranks run, SIGTERM, SIGINT and SIGUSR1 are theirs: the terminal sends Ctrl-C to the launcher's group only."""
 
     def forward(number: int, frame: FrameType | None) -> None:
         group.request_stop(number)
 
-    before = {number: signal.signal(number, forward) for number in (signal.SIGTERM, signal.SIGINT)}
+    before = {number: signal.signal(number, forward) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
     try:
         yield
     finally:

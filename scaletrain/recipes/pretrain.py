@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -13,6 +13,7 @@ from pydantic import Field
 from scaletrain import checkpoint, dist, engine, model
 from scaletrain.checkpoint import Checkpoint, CheckpointConfig, Progress
 from scaletrain.config import dump
+from scaletrain.data.plan import Cursor
 from scaletrain.data.slots import Dealing
 from scaletrain.engine import Engine, EngineConfig, OptimizerConfig, Zero3Config
 from scaletrain.errors import CheckpointError, ConfigError, RequeueError, ScaletrainError, StorageError
@@ -80,8 +81,8 @@ def main(config: PretrainConfig, *, fresh: bool = False) -> None:
     Raises RequeueError, after a checkpoint, where the run was asked to stop.
     """
     with Session(config.output, config.device) as session, StopRequest() as stop:
-        if fresh:
-            checkpoint.set_aside(config.output / "checkpoints")
+        for name in ("checkpoints", "metrics.jsonl", "tensorboard") if fresh else ():
+            checkpoint.set_aside(config.output / name)
         last = checkpoint.newest(config.output / "checkpoints")
         session.step = last.progress.step if last else 0
         run = Run(config, session.device, last)
@@ -122,7 +123,8 @@ class Run:
         self.engine: Engine = engine.create(
             config.engine, network, model.parameter_groups(network, config.optimizer.weight_decay), config.optimizer, device
         )
-        self.start = checkpoint.restore(last, self.engine, self._identity).step if last else 0
+        plan = self.corpora.plan
+        self.start = plan.step_at(Cursor(**checkpoint.restore(last, self.engine, self._identity).cursor)) if last else 0
         peak = device_peak(config.metrics, torch.cuda.get_device_name(device) if device.type == "cuda" else None)
         self.meter = Meter(
             config.steps,
@@ -131,7 +133,6 @@ class Run:
             peak.tflops * 1e12 * dist.world() if peak else None,
         )
         self.writers = _writers(config, self.corpora, self.start)
-        plan = self.corpora.plan
         facts |= {
             "ranks": dist.world(),
             "device": device.type,
@@ -144,7 +145,7 @@ class Run:
         self._total_samples = plan.samples_before(config.steps)
 
     def learning_rate(self, step: int) -> float:
-        samples = self.corpora.plan.samples_before(step + 1)
+        samples = self.corpora.plan.samples_before(step) + 1  # the step's first sample: no step has the rate 0 of the run's end
         return learning_rate(self._config.schedule, self._config.optimizer.learning_rate, samples, self._total_samples)
 
     def evaluate(self, step: int) -> None:
@@ -187,12 +188,18 @@ def _check_continues(last: Checkpoint, config: PretrainConfig, network: MaskedLa
         raise ConfigError("steps", config.steps, rule, "Set a larger number, another output folder, or --fresh.")
 
 
+def _resolved(config: PretrainConfig, corpora: Corpora) -> PretrainConfig:
+    """The settings with what the fresh start decided: they give the same run on another number of ranks."""
+    slots = replace(config.data.slots, slot_multiple=corpora.dealing.slot_multiple)
+    return replace(config, data=replace(config.data, slots=slots))
+
+
 def _writers(config: PretrainConfig, corpora: Corpora, start: int) -> Writers:
     """The run's folder: how it was set, what it was tokenised with, and what happens in it. Rank 0's alone."""
     error: ScaletrainError | None = None
     try:
         if dist.rank() == 0:
-            dump(config, config.output / "config.yaml")
+            dump(_resolved(config, corpora), config.output / "config.yaml")
             shutil.copytree(corpora.tokenizer_folder, config.output / "tokenizer", dirs_exist_ok=True)
     except StorageError as failure:
         error = failure

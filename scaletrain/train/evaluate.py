@@ -13,9 +13,10 @@ from typing import Any, Protocol
 import numpy as np
 
 from scaletrain import dist
+from scaletrain.data.loader import Batch
 from scaletrain.engine import Engine
-from scaletrain.errors import ScaletrainError
-from scaletrain.train.loop import Batch
+from scaletrain.errors import CorpusError, ScaletrainError
+from scaletrain.train.loop import attempts
 
 
 class Scorer(Protocol):
@@ -28,12 +29,13 @@ class Scorer(Protocol):
 def evaluate(engine: Engine, task: Scorer, batches: Iterable[Batch], samples: int) -> dict[str, float]:
     """``loss`` (mean over predictions, in nats), ``perplexity`` and ``accuracy`` over ``samples`` samples. Collective.
 
-    Raises ScaletrainError on all ranks unless each sample was scored exactly once.
+    Raises ScaletrainError on all ranks unless each sample was scored exactly once, CorpusError where nothing was predicted.
     """
     rows = [np.empty((0, 5))]
     with engine.inference():
-        for batch in batches:
-            engine.begin(batch.rounds)
+        for batch, failure in attempts(batches):
+            engine.begin(batch.rounds if batch else (), failure=failure)
+            assert batch is not None, "begin raises for a failure"
             for slot in batch.slots:
                 scores = task.score(engine.forward(slot), slot)
                 rows.append(
@@ -45,5 +47,8 @@ def evaluate(engine: Engine, task: Scorer, batches: Iterable[Batch], samples: in
     if not scored == len(table) == samples:
         raise ScaletrainError(f"evaluation scored {scored} different samples, {len(table)} in all, of a data set of {samples}")
     loss, predictions, correct = (math.fsum(column) for column in table[:, 2:].T)
-    mean = loss / max(predictions, 1.0)
-    return {"loss": mean, "perplexity": math.exp(min(mean, 700.0)), "accuracy": correct / max(predictions, 1.0)}
+    if not predictions:
+        rule = "nothing in it is to be predicted, so there is no loss to speak of"
+        raise CorpusError("the held-out text", f"{samples} samples", rule, "Hold out more text, or set evaluation.every_steps=0.")
+    mean = loss / predictions
+    return {"loss": mean, "perplexity": math.exp(min(mean, 700.0)), "accuracy": correct / predictions}

@@ -13,33 +13,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from scaletrain.data.loader import Batch
 from scaletrain.engine import Engine
 from scaletrain.errors import DivergedError
 from scaletrain.train.control import StopRequest
 from scaletrain.train.metrics import Meter, StepRecord, StepTotals
-
-
-class Batch(Protocol):
-    """One rank's part of a step, as the loader gives it."""
-
-    @property
-    def step(self) -> int: ...
-    @property
-    def slots(self) -> Sequence[Any]: ...
-    @property
-    def rounds(self) -> Sequence[str]: ...
-    @property
-    def counts(self) -> Mapping[str, int]: ...
-    @property
-    def real_tokens(self) -> int: ...
-    @property
-    def padded_tokens(self) -> int: ...
-    @property
-    def fillers(self) -> int: ...
-    @property
-    def samples_after(self) -> int: ...
-    @property
-    def wait_s(self) -> float: ...
 
 
 class Learner(Protocol):
@@ -69,8 +47,9 @@ def train(
     """
     names = list(task.weights)
     meter.begin()
-    for batch in batches:
-        totals = engine.begin(batch.rounds, _header(batch, names, stop))
+    for batch, failure in attempts(batches):
+        totals = engine.begin(batch.rounds if batch else (), _header(batch, names, stop), failure)
+        assert batch is not None, "begin raises for a failure"
         stop.agreed = totals["stop"] > 0
         sums = torch.zeros(len(names), dtype=torch.float64, device=engine.device)
         for slot in batch.slots:
@@ -107,8 +86,24 @@ def train(
         meter.begin()  # what was done between two steps, such as an evaluation, belongs to neither
 
 
-def _header(batch: Batch, names: Sequence[str], stop: StopRequest) -> dict[str, float]:
+def attempts(batches: Iterable[Batch]) -> Iterator[tuple[Batch | None, Exception | None]]:
+    """Batches, or at the end what stood in the way of one: to be told to the other ranks, which wait for this one."""
+    stream = iter(batches)
+    while True:
+        try:
+            batch = next(stream)
+        except StopIteration:
+            return
+        except Exception as failure:
+            yield None, failure
+            return
+        yield batch, None
+
+
+def _header(batch: Batch | None, names: Sequence[str], stop: StopRequest) -> dict[str, float]:
     """What the ranks tell each other at the start of a step."""
+    if batch is None:
+        return dict.fromkeys([*(f"count {name}" for name in names), "real tokens", "padded tokens", "slots", "stop"], 0.0)
     return {
         **{f"count {name}": float(batch.counts.get(name, 0)) for name in names},
         "real tokens": float(batch.real_tokens),

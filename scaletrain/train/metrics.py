@@ -25,7 +25,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Protocol
 
-from pydantic import BeforeValidator, Field
+from pydantic import Field
 
 from scaletrain.errors import ConfigError
 
@@ -39,8 +39,8 @@ class MetricsConfig:
 
     log_every: Annotated[int, Field(gt=0)] = 10
     """Steps between two plain console lines. A bar and the files get every step."""
-    console: Annotated[ConsoleMode, BeforeValidator(lambda mode: "off" if mode is False else mode)] = "auto"
-    """`auto`: a progress bar on a terminal, lines elsewhere. (YAML reads a bare `off` as false.)"""
+    console: ConsoleMode = "auto"
+    """`auto`: a progress bar on a terminal, lines elsewhere."""
     jsonl: bool = True
     """Append every step to `metrics.jsonl` in the run folder."""
     tensorboard: bool = True

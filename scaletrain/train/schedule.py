@@ -61,9 +61,9 @@ ScheduleConfig = Annotated[LinearConfig | CosineConfig | WsdConfig, Field(discri
 
 
 def learning_rate(config: LinearConfig | CosineConfig | WsdConfig, peak: float, samples: int, total_samples: int) -> float:
-    """The learning rate of the step that brings the samples consumed to ``samples``, of ``total_samples`` in the run.
+    """The learning rate at sample number ``samples``, counted from 1, of ``total_samples`` in the run.
 
-    The step's own samples count, so the first step moves the weights and the last one has the final rate. Beyond the end of the
+    A step takes the rate of its first sample, so that each one moves the weights. Beyond the end of the
     run the final rate stays. Where warm-up and decay overlap, the lower of the two holds.
     """
     warmup = _samples(config.warmup_samples, config.warmup_share, total_samples)

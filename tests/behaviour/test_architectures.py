@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,9 @@ UNPADDED = ["bert", "modernbert"]
 STEPS = 3
 
 
-def settings(prepared: Path, output: Path, architecture: str, engine: str, layout: str = "padded", dropout: float = 0.1) -> dict[str, Any]:
+def settings(
+    prepared: Path, output: Path, architecture: str, engine: str, layout: str = "padded", dropout: float = 0.1
+) -> dict[str, Any]:
     """The tree of a run of three steps, in which ModernBERT's window is shorter than most documents."""
     extra = {"local_attention": 8} if architecture == "modernbert" else {}
     encoder = {**tiny.MODEL, "architecture": architecture, "layout": layout, "dropout": dropout, "extra": extra}
@@ -58,7 +61,7 @@ def train(trees: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
     model.build, Engine.forward = watched, recorded  # type: ignore[assignment,method-assign]  # in a process of its own
     # DeepSpeed remembers its groups for the life of a process: all runs are in the one that the first has joined.
     dist.start(torch.device("cpu"))
-    dist.start, dist.stop = (lambda *_: dist.place()), (lambda: None)  # type: ignore[assignment]
+    dist.start, dist.stop = (lambda *_: dist.place()), (lambda: None)
     for tree in trees:
         seen.append([])
         pretrain.main(decode(pretrain.Config, tree))
@@ -81,7 +84,7 @@ class Runs:
                 for output, (architecture, layout, dropout) in zip(outputs, cases, strict=True)
             ]
             results = ranks.run(train, world, {"trees": trees}, timeout_s=170.0)
-            self.seen |= {output: sum(of_ranks, []) for output, *of_ranks in zip(outputs, *results, strict=True)}
+            self.seen |= {output: list(chain(*of_ranks)) for output, *of_ranks in zip(outputs, *results, strict=True)}
 
     def output(self, architecture: str, engine: str, layout: str = "padded", dropout: float = 0.1) -> Path:
         return self._folder / f"{architecture}-{engine}-{layout}-{dropout}"
@@ -109,7 +112,7 @@ def assert_same(left: Path, right: Path) -> None:
     mine, theirs = checkpoint.weights(saved(left)), checkpoint.weights(saved(right))
     assert mine.keys() == theirs.keys()
     for name, value in mine.items():
-        torch.testing.assert_close(value, theirs[name], rtol=0, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(value, theirs[name], rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

@@ -6,6 +6,7 @@ import contextlib
 import importlib.util
 import io
 import json
+import os
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -164,6 +165,13 @@ def test_a_gpu_where_there_is_none_is_refused(prepared: Path, tmp_path: Path, mo
         "device: got 'cuda'; this rank needs GPU number 0 of its machine, and torch sees 0. "
         "Use device=cpu, fewer ranks per machine, or a CUDA build of torch."
     )
+
+
+def test_one_rank_needs_no_launcher(prepared: Path, tmp_path: Path) -> None:
+    """Under ZeRO-3 neither, although DeepSpeed asks for a launcher's variables; and the next run finds none of them left."""
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    assert ended(command("pretrain", tiny.settings(prepared, tmp_path / "run", steps=1))) == (0, "")
+    assert [name for name in names if name in os.environ] == []
 
 
 def test_half_a_launcher_is_refused(prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

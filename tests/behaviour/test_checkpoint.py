@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +58,7 @@ def test_killed_and_resumed_equals_uninterrupted_to_the_byte(tmp_path: Path, nam
 
 
 def test_two_then_one_then_four_ranks_train_on_as_one_run(tmp_path: Path) -> None:
-    """The first leg on the local engine's own world, the others under ZeRO-3; the same losses and weights as without a break."""
+    """Once on the way through the local engine; the same losses and weights as without a break."""
     expected = ranks.run(go, 1, {"folder": str(tmp_path / "whole"), "name": "local", "until": 24})[0]
     losses: dict[str, Any] = {}
     legs = [("zero3", 2, 6), ("local", 1, 12), ("zero3", 4, 18), ("zero3", 1, 24)]
@@ -116,6 +117,23 @@ def test_a_damaged_newest_is_passed_over_for_the_one_before(copy: Path, damage: 
     else:
         with pytest.warns(UserWarning, match="state-00001-of-00002"):
             found = checkpoint.newest(copy)
+    assert found is not None
+    assert found.progress.step == 2
+
+
+@pytest.mark.parametrize("damage", ["MANIFEST.json", "state-00000-of-00001.safetensors"])
+def test_a_damaged_checkpoint_is_written_again_when_the_run_comes_by(tmp_path: Path, damage: str) -> None:
+    arguments = {"folder": str(tmp_path), "name": "local", "until": 2, "save_at": [1, 2]}
+    whole = ranks.run(go, 1, arguments)[0]
+    file = tmp_path / "step-00000002" / damage
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        again = ranks.run(go, 1, arguments)[0]
+        assert (again["start"], again["digest"]) == (1, whole["digest"])
+        found = checkpoint.newest(tmp_path)
     assert found is not None
     assert found.progress.step == 2
 

@@ -1,4 +1,4 @@
-"""From a ZeRO-3 run to a folder: plain Transformers computes from raw text what the partitioned model computed when it was saved."""
+"""From a ZeRO-3 run to a folder: plain Transformers computes from raw text what the partitioned model computed."""
 
 from __future__ import annotations
 
@@ -25,7 +25,11 @@ from tests import ranks, tiny
 pytestmark = pytest.mark.timeout(400)  # all runs are made in the set-up of the first test
 
 ARCHITECTURES = ["bert", "roberta", "modernbert", "distilbert", "deberta-v2", "deberta-v3"]
-TEXTS = ["The with statement wraps a block in the methods of a context manager.", "Names refer to objects: see [MASK] below.", "Naïve?"]
+TEXTS = [
+    "The with statement wraps a block in the methods of a context manager.",
+    "Names refer to objects: see [MASK] below.",
+    "Naïve?",
+]
 STEPS = 2
 
 
@@ -45,7 +49,7 @@ def train(trees: list[dict[str, Any]]) -> None:
     pretrain.Run.save = recorded  # type: ignore[method-assign]  # in a process of its own
     # DeepSpeed remembers its groups for the life of a process: all runs are in the one that the first has joined.
     dist.start(torch.device("cpu"))
-    dist.start, dist.stop = (lambda *_: dist.place()), (lambda: None)  # type: ignore[assignment]
+    dist.start, dist.stop = (lambda *_: dist.place()), (lambda: None)
     for tree in trees:
         pretrain.main(decode(pretrain.Config, tree))
 

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import signal
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,10 @@ import pytest
 import torch
 
 from scaletrain import checkpoint, dist
-from scaletrain.config import decode
+from scaletrain.config import decode, load_tree
+from scaletrain.data.dataset import Dataset
 from scaletrain.engine import Engine
-from scaletrain.errors import RequeueError
+from scaletrain.errors import CorpusError, RequeueError
 from scaletrain.recipes import pretrain
 from scaletrain.train.metrics import read_jsonl
 from tests import ranks, tiny
@@ -177,12 +179,70 @@ def test_a_gradient_that_is_not_finite_on_one_rank_ends_the_run_on_all_before_th
     assert checkpoint.find(tmp_path / "run" / "checkpoints")[0].progress.step == 2
 
 
-def test_the_resolved_settings_in_the_run_folder_rerun_the_run(prepared: Path, tmp_path: Path) -> None:
-    ranks.run(run, 1, {"tree": tiny.settings(prepared, tmp_path / "run", steps=4)})
-    from scaletrain.config import load
+@pytest.fixture(scope="module")
+def second(tmp_path_factory: pytest.TempPathFactory, prepared: Path) -> Path:
+    """Another corpus with the tokenizer of the first, in shorter chunks."""
+    return tiny.corpus(tmp_path_factory.mktemp("second"), max_tokens=14, tokenizer=prepared / "tokenizer", skip=100_000)
 
-    again = load(pretrain.Config, tmp_path / "run" / "config.yaml", [f"output={tmp_path / 'again'}"])
-    assert again == decode(pretrain.Config, tiny.settings(prepared, tmp_path / "again", steps=4))
+
+def test_phases_and_mixtures_go_on_over_their_borders(prepared: Path, second: Path, tmp_path: Path) -> None:
+    """Short rows of one corpus, then two corpora by weight; whole words, unpadded; killed in each phase; 4, 1 and 2 ranks."""
+    data = tiny.settings(prepared, tmp_path)["data"] | {
+        "corpora": [{"path": str(prepared), "weight": 2}, {"path": str(second)}],
+        "warm_up": [{"steps": 4, "chunks_per_step": 16, "corpora": [{"path": str(second)}]}],
+    }
+    changes: dict[str, Any] = {"steps": 9, "data": data, "task": {"whole_word": True}, "checkpoint": {"every_steps": 2}}
+    changes["model"] = {**tiny.MODEL, "layout": "unpadded"}
+    expected = joined(
+        ranks.run(run, 1, {"tree": tiny.settings(prepared, tmp_path / "whole", engine={"name": "local"}, **changes)})
+    )
+    received: dict[str, str] = {}
+    for world, stop_at in ((4, 2), (1, 6), (2, 9)):
+        tree = tiny.settings(prepared, tmp_path / "broken", **changes)
+        outcomes = ranks.attempt(run, world, {"tree": tree, "die_after": stop_at})
+        if stop_at == 9:
+            received = joined([outcome["value"] for outcome in outcomes])
+        assert {outcome["status"] for outcome in outcomes} == ({"ok"} if stop_at == 9 else {f"signal {signal.SIGKILL:d}"})
+    assert received == {key: value for key, value in expected.items() if int(key.split("/")[0]) >= 6}
+    mine, theirs = ([float.fromhex(value) for value in losses(tmp_path / name)] for name in ("broken", "whole"))
+    assert mine == pytest.approx(theirs, abs=1e-5)
+    last = checkpoint.find(tmp_path / "broken" / "checkpoints")[0].progress
+    assert (last.step, dict(last.cursor)) == (9, {"phase": 1, "samples": 5 * 24})
+
+
+def unreadable(tree: dict[str, Any]) -> None:
+    """Rank 1 cannot read its data in the third step."""
+    read = Dataset.read
+
+    def refuse(self: Dataset, chunk: int) -> Any:
+        if dist.rank() == 1 and threading.current_thread() is threading.main_thread():
+            refuse.calls += 1  # type: ignore[attr-defined]
+            if refuse.calls > 30:  # type: ignore[attr-defined]
+                raise CorpusError("shard", "damaged", "it must be whole", "Prepare again")
+        return read(self, chunk)
+
+    refuse.calls = 0  # type: ignore[attr-defined]
+    Dataset.read = refuse  # type: ignore[method-assign]  # in a process of its own
+    pretrain.main(decode(pretrain.Config, tree))
+
+
+def test_data_that_one_rank_cannot_read_ends_all_ranks_with_its_exit_code(prepared: Path, tmp_path: Path) -> None:
+    data = tiny.settings(prepared, tmp_path)["data"] | {"loader": {"workers": 0}}
+    well, ill = ranks.attempt(unreadable, 2, {"tree": tiny.settings(prepared, tmp_path / "run", data=data)}, timeout_s=60)
+    assert (ill["type"], ill["exit_code"]) == ("CorpusError", 65)
+    assert well["exit_code"] == 65
+    assert "rank 1: CorpusError: shard: got 'damaged'" in well["error"]
+    assert json.loads((tmp_path / "run" / "exit.json").read_text())["code"] == 65
+
+
+def test_the_resolved_settings_in_the_run_folder_rerun_the_run(prepared: Path, tmp_path: Path) -> None:
+    """On another number of ranks: what the first start decided is among them."""
+    data = tiny.settings(prepared, tmp_path)["data"] | {"slots": {"micro_batch_tokens": 256}}
+    first = joined(ranks.run(run, 4, {"tree": tiny.settings(prepared, tmp_path / "run", steps=3, data=data)}))
+    tree = load_tree(tmp_path / "run" / "config.yaml", [f"output={tmp_path / 'again'}"])
+    assert joined(ranks.run(run, 2, {"tree": tree})) == first
+    mine, theirs = ([float.fromhex(value) for value in losses(tmp_path / name)] for name in ("again", "run"))
+    assert mine == pytest.approx(theirs, abs=1e-5)
 
 
 def evaluation(tree: dict[str, Any]) -> list[dict[str, Any]]:

@@ -18,7 +18,6 @@ EXIT_CODES = {
     "CheckpointError": 65,
     "WorldSizeError": 65,
     "DeviceError": 65,
-    "DataBudgetError": 66,
     "DivergedError": 72,
     "StorageError": 74,
     "RequeueError": 75,

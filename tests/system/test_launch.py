@@ -19,7 +19,6 @@ import pytest
 import yaml
 
 from scaletrain import checkpoint
-from scaletrain.launcher.local import free_port
 from scaletrain.train.metrics import read_jsonl
 from tests import tiny
 
@@ -173,31 +172,15 @@ def no_compiler(tmp_path: Path) -> str:
     return f"{TOOLS}{os.pathsep}{folder}"
 
 
-def test_the_bare_deepspeed_launcher_gives_the_same_losses_and_needs_no_compiler(
+def test_deepspeeds_own_launcher_gives_the_same_losses_and_needs_no_compiler(
     prepared: Path, tmp_path: Path, expected: list[str], no_compiler: str
 ) -> None:
-    """With an empty cache of compiled extensions, which stays empty."""
-    file = written(prepared, tmp_path / "run")
-    start = [str(TOOLS / "deepspeed"), "--num_accelerators", "2", "--master_port", str(free_port())]
-    built = tmp_path / "extensions"
-    done = run(
-        [*start, "--module", "scaletrain", "pretrain", "--config", str(file)],
-        PATH=no_compiler,
-        TORCH_EXTENSIONS_DIR=str(built),
-        CC="",
-        CXX="",
-    )
-    assert done.returncode == 0, done.stderr
-    assert losses(tmp_path / "run") == expected
-    assert record(tmp_path / "run") == {"code": 0, "step": STEPS, "reason": "done"}
-    assert not list(built.rglob("*.so")) and not list(built.rglob("build.ninja"))
-
-
-def test_the_script_for_sites_with_deepspeed_takes_a_config_and_overrides(
-    prepared: Path, tmp_path: Path, expected: list[str]
-) -> None:
-    file = written(prepared, tmp_path / "run")
-    done = run([str(ROOT / "launch" / "deepspeed.sh"), str(file), f"output={tmp_path / 'other'}"], RANKS="2")
+    """Through the script for sites that start their jobs with it, with an empty cache of compiled extensions that stays empty."""
+    file, built = written(prepared, tmp_path / "run"), tmp_path / "extensions"
+    command = [str(ROOT / "launch" / "deepspeed.sh"), str(file), f"output={tmp_path / 'other'}"]
+    done = run(command, RANKS="2", PATH=no_compiler, TORCH_EXTENSIONS_DIR=str(built), CC="", CXX="")
     assert done.returncode == 0, done.stderr
     assert losses(tmp_path / "other") == expected
+    assert record(tmp_path / "other") == {"code": 0, "step": STEPS, "reason": "done"}
     assert not (tmp_path / "run").exists()
+    assert not list(built.rglob("build.ninja"))

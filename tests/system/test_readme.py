@@ -58,7 +58,9 @@ def outputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, subprocess.Co
     done = {}
     for words in commands():
         where = ROOT if words[0] == "tools/test" else folder
-        done[" ".join(words)] = subprocess.run(as_here(words), cwd=where, env=environment, capture_output=True, text=True, timeout=170)
+        done[" ".join(words)] = subprocess.run(
+            as_here(words), cwd=where, env=environment, capture_output=True, text=True, timeout=170
+        )
     return done
 
 

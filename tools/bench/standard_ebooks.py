@@ -48,7 +48,7 @@ Check = dict[str, Any]
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--work", type=Path, metavar="DIR", help="where corpus and run are left; default: a folder that is removed")
+    parser.add_argument("--work", type=Path, metavar="DIR", help="keep corpus and run here; default: a folder that is removed")
     parser.add_argument("--smoke", action="store_true", help="a few steps on little text: does it still run?")
     options = parser.parse_args(argv)
     try:
@@ -77,18 +77,19 @@ def bench(work: Path, smoke: bool) -> dict[str, Any]:
     """Prepares, pretrains and sums up. Raises CorpusError without the text, ScaletrainError with the code of a failed stage."""
     texts = smoke_texts(work / "text") if smoke else ebooks()
     corpus, run = work / "corpus", work / "run"
-    sources = [f"{field}.paths=[{json.dumps(str(texts[split]))}]" for field, split in zip(("source", "validation"), SPLITS, strict=True)]
-    configs = ROOT / "configs"
-    stage("prepare", "--config", configs / "prepare/standard_ebooks.yaml", f"output={corpus}", *sources, *(SMOKE_PREPARE if smoke else ()))
+    prepare = [f"output={corpus}", f"source.paths.0={texts['train']}", f"validation.paths.0={texts['validation']}"]
+    pretrain = [f"output={run}", f"data.corpora.0.path={corpus}"]
+    if smoke:
+        prepare, pretrain = [*prepare, *SMOKE_PREPARE], [*pretrain, *SMOKE_PRETRAIN]
+    stage("prepare", "--config", "configs/prepare/standard_ebooks.yaml", *prepare)
 
-    settings = [f"output={run}", f"data.corpora=[{{path: {json.dumps(str(corpus))}}}]", *(SMOKE_PRETRAIN if smoke else ())]
-    job = ["pretrain", "--fresh", "--config", configs / "pretrain/standard_ebooks.yaml", *settings]
     load, began, cpu_began = os.getloadavg()[0], time.monotonic(), cpu_seconds()
+    job = ["pretrain", "--fresh", "--config", "configs/pretrain/standard_ebooks.yaml", *pretrain]
     stage("launch", f"backend.ranks={RANKS}", "--", *job)
     spent = {"wall_s": time.monotonic() - began, "cpu_s": cpu_seconds() - cpu_began}
-    entropy = unigram_entropy(Dataset.open(corpus, "validation"))
+    measured = figures(list(read_jsonl(run / "metrics.jsonl")), unigram_entropy(Dataset.open(corpus, "validation")), spent)
     machine = {"load_before": load, "load_after": os.getloadavg()[0], **describe_machine()}
-    return {"bench": "standard_ebooks", "smoke": smoke, **figures(list(read_jsonl(run / "metrics.jsonl")), entropy, spent), "machine": machine}
+    return {"bench": "standard_ebooks", "smoke": smoke, **measured, "machine": machine}
 
 
 def figures(run: Sequence[Mapping[str, Any]], entropy: float, spent: Mapping[str, float]) -> dict[str, Any]:
@@ -173,14 +174,13 @@ def _first_lines(file: Path, count: int) -> Iterator[str]:
             yield line.rstrip("\n")
 
 
-def stage(*arguments: str | Path) -> None:
+def stage(*arguments: str) -> None:
     """One command of scaletrain, its output shown. Raises ScaletrainError with its exit code."""
-    command = [str(argument) for argument in arguments]
-    print(f"\n$ scaletrain {' '.join(command)}", flush=True)
+    print(f"\n$ scaletrain {' '.join(arguments)}", flush=True)
     # From here, so that the checkout is what is measured even where another version is installed.
-    code = subprocess.run([sys.executable, "-m", "scaletrain", *command], cwd=ROOT, check=False).returncode
+    code = subprocess.run([sys.executable, "-m", "scaletrain", *arguments], cwd=ROOT, check=False).returncode
     if code:
-        error = ScaletrainError(f"`scaletrain {command[0]}` ended with exit code {code}; its message is above")
+        error = ScaletrainError(f"`scaletrain {arguments[0]}` ended with exit code {code}; its message is above")
         error.exit_code = code
         raise error
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import functools
+import sys
 import sysconfig
 import warnings
 from collections.abc import Iterator
@@ -16,6 +17,14 @@ from pathlib import Path
 from typing import Literal
 
 from scaletrain.errors import CorpusError
+
+# In the standard library of 3.11 and gone by 3.13 (PEP 594, and what 3.12 removed): an upgrade is not to take text from a corpus.
+_REMOVED = frozenset(
+    {
+        *("aifc", "asynchat", "asyncore", "cgi", "cgitb", "chunk", "crypt", "distutils", "imghdr", "imp", "lib2to3", "mailcap"),
+        *("msilib", "nntplib", "pipes", "smtpd", "sndhdr", "sunau", "telnetlib", "uu", "xdrlib"),
+    }
+)
 
 # Other people's packages, tests (their docstrings are test names), and code that is bundled or generated.
 _PASSED_OVER = frozenset({"site-packages", "dist-packages", "test", "tests", "idle_test", "lib2to3", "ensurepip", "__pycache__"})
@@ -38,7 +47,7 @@ def _docstrings() -> tuple[str, ...]:
     """All docstrings; parsing takes seconds and a corpus is read more than once."""
     root = Path(sysconfig.get_path("stdlib"))
     files = sorted(root.rglob("*.py"), key=lambda file: file.relative_to(root).as_posix())
-    used = [file for file in files if not _PASSED_OVER.intersection(file.relative_to(root).parts)]
+    used = [file for file in files if _ours(file.relative_to(root))]
     found: list[str] = []
     for file in used:
         with warnings.catch_warnings():
@@ -51,6 +60,12 @@ def _docstrings() -> tuple[str, ...]:
     if not found:
         raise CorpusError("source stdlib", str(root), "this Python came without its sources", "Use another source, such as text")
     return tuple(found)
+
+
+def _ours(file: Path) -> bool:
+    """Whether a file belongs to a module of the standard library that all supported Python versions have."""
+    top = file.parts[0].removesuffix(".py")
+    return top in sys.stdlib_module_names and top not in _REMOVED and not _PASSED_OVER.intersection(file.parts)
 
 
 def _below(node: ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) -> Iterator[str]:

@@ -16,7 +16,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from pydantic import TypeAdapter
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from scaletrain.errors import ConfigError
@@ -167,10 +166,6 @@ def test_memory_on_cpu_is_the_peak_in_bytes() -> None:
     )
     rest = int(subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout)
     assert 0 < rest < 100_000_000  # what Python and the imports need
-
-
-def test_a_bare_off_in_yaml_means_off() -> None:
-    assert TypeAdapter(MetricsConfig).validate_python({"console": False}).console == "off"
 
 
 def test_reading_the_config_does_not_import_torch() -> None:
