@@ -65,17 +65,18 @@ def model() -> Toy:
     return Toy()
 
 
-def make(name: str, precision: str = "fp32", **settings: Any) -> Engine:
+def make(name: str, precision: str = "fp32", *, frozen: bool = False, **settings: Any) -> Engine:
     """The engine called ``name`` around a new Toy; joins the ranks if they are not joined."""
     dist.start(CPU)
     toy = model()
+    toy.hidden.requires_grad_(not frozen)
     config = (
         LocalConfig(precision=precision, **settings)
         if name == "local"
         else Zero3Config(precision=precision, persistence_threshold=60, **settings)
     )
-    decayed = [p for p in toy.parameters() if p.dim() > 1]
-    plain = [p for p in toy.parameters() if p.dim() == 1]
+    decayed = [p for p in toy.parameters() if p.requires_grad and p.dim() > 1]
+    plain = [p for p in toy.parameters() if p.requires_grad and p.dim() == 1]
     groups = [{"params": decayed, "weight_decay": 0.1}, {"params": plain, "weight_decay": 0.0}]
     return engine.create(config, toy, groups, OptimizerConfig(learning_rate=1e-2), CPU)
 

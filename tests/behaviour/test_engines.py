@@ -8,7 +8,9 @@ import pytest
 import torch
 
 from scaletrain import dist
-from scaletrain.errors import RoundsError
+from scaletrain.engine import LocalConfig, OptimizerConfig, Zero3Config, create
+from scaletrain.errors import ConfigError, RoundsError
+from scaletrain.model import ModelConfig, TokenIds, build, parameter_groups
 from tests import ranks, toy
 
 
@@ -36,6 +38,48 @@ def test_bf16_keeps_masters_in_fp32_on_both_engines() -> None:
     assert results[0]["losses"][-1][0] == pytest.approx(expected["losses"][-1][0], rel=2e-2)
     weights = toy.whole([result["weights"] for result in results])
     assert any((value != value.bfloat16().float()).any() for value in weights.values())
+
+
+def write_frozen(name: str, precision: str) -> dict[str, Any]:
+    made = toy.make(name, precision, frozen=True)
+    made.inference().__enter__()
+    item = toy.slot(0, 0)
+    before = {shard.name: shard.weight.clone() for shard in made.shards()}
+    for shard in made.shards():
+        if shard.name == "hidden.bias":
+            shard.weight.add_(1.0)
+    made.publish(0)
+    made.begin([item.signature])
+    shifted = made.forward(item)
+    for shard in made.shards():
+        shard.weight.copy_(before[shard.name])
+    made.publish(0)
+    made.begin([item.signature])
+    return {"shifted": shifted.float().sum().item(), "back": made.forward(item).float().sum().item()}
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_frozen_weights_written_through_shards_are_computed_with(precision: str) -> None:
+    """On both engines alike: a checkpoint is restored this way."""
+    with_zero3 = ranks.run(write_frozen, 2, {"name": "zero3", "precision": precision})[0]
+    plain = ranks.run(write_frozen, 1, {"name": "local", "precision": precision})[0]
+    assert abs(plain["shifted"] - plain["back"]) > 1
+    assert with_zero3 == pytest.approx(plain, rel=2e-2 if precision == "bf16" else 1e-5)
+
+
+def rotary(name: str) -> str:
+    dist.start(toy.CPU)
+    config = ModelConfig(architecture="modernbert", layers=1, hidden=32, heads=2, max_positions=64)
+    network = build(config, TokenIds(vocab_size=64, pad=0, mask=1), seed=1)
+    settings = LocalConfig(precision="bf16") if name == "local" else Zero3Config(precision="bf16")
+    create(settings, network, parameter_groups(network, 0.0), OptimizerConfig(), toy.CPU)
+    return str({buffer: (str(value.dtype), value.double().sum().item()) for buffer, value in network.named_buffers()})
+
+
+def test_bf16_leaves_rotary_frequencies_in_fp32_on_both_engines() -> None:
+    plain = ranks.run(rotary, 1, {"name": "local"})[0]
+    assert "torch.float32" in plain
+    assert ranks.run(rotary, 2, {"name": "zero3"}) == [plain, plain]
 
 
 def sum_of_squares(name: str) -> dict[str, Any]:
@@ -114,3 +158,29 @@ def test_a_slot_that_was_not_announced_raises_before_the_module_runs() -> None:
             made.forward(toy.slot(0, 0, head=1))
     finally:
         dist.stop()
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        {"fp16": {"enabled": True}},
+        {"gradient_clipping": 1.0},
+        {"scheduler": {"type": "WarmupLR"}},
+        {"zero_optimization": {"stage": 2}},
+        {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}},
+        {"zero_optimization": {"zero_hpz_partition_size": 2}},
+    ],
+)
+def test_deepspeed_settings_that_would_break_the_sums_are_refused(extra: dict[str, Any]) -> None:
+    from scaletrain.engine.zero3 import settings
+
+    key = next(iter(extra.get("zero_optimization", extra)))
+    with pytest.raises(ConfigError, match=rf"engine\.extra\.(zero_optimization\.)?{key}"):
+        settings(Zero3Config(extra=extra), toy.CPU, 1000)
+
+
+def test_deepspeed_settings_that_change_speed_only_are_passed_on() -> None:
+    from scaletrain.engine.zero3 import settings
+
+    passed = settings(Zero3Config(extra={"zero_optimization": {"sub_group_size": 7}, "dump_state": True}), toy.CPU, 1000)
+    assert (passed["zero_optimization"]["sub_group_size"], passed["dump_state"]) == (7, True)

@@ -124,11 +124,12 @@ def test_a_rank_that_says_much_is_not_held_up_and_its_last_lines_are_kept(capfd:
     assert capfd.readouterr().err.splitlines()[1:] == expected
 
 
-def test_a_request_to_stop_reaches_every_rank(tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1], ids=["terminated", "warned by the scheduler"])
+def test_a_request_to_stop_reaches_every_rank(tmp_path: Path, number: signal.Signals) -> None:
     mark = "lambda *_: (open(os.environ['MARK'] + str(rank), 'w').write('x'), os._exit(75))"
-    text = f"import signal; os.environ['MARK'] = {str(tmp_path / 'got')!r}; signal.signal(signal.SIGTERM, {mark})\n"
+    text = f"import signal; os.environ['MARK'] = {str(tmp_path / 'got')!r}; signal.signal({int(number)}, {mark})\n"
     with launcher_process(tmp_path, text) as (process, ranks):
-        process.terminate()
+        process.send_signal(number)
         assert process.wait(timeout=10) == 75
     assert sorted(file.name for file in tmp_path.glob("got*")) == ["got0", "got1"]
     assert all(gone(rank) for rank in ranks)

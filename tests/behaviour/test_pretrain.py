@@ -154,6 +154,13 @@ def test_a_rank_that_dies_in_a_forward_pass_is_said_to_be_lost(prepared: Path, t
     assert json.loads((tmp_path / "run" / "exit.json").read_text())["code"] == 76
 
 
+def test_a_held_out_text_without_a_masked_token_is_no_perfect_score(prepared: Path, tmp_path: Path) -> None:
+    task = {"evaluation_mask_rate": 1e-9}
+    tree = tiny.settings(prepared, tmp_path / "run", steps=1, evaluation={"every_steps": 1}, task=task)
+    for outcome in ranks.attempt(run, 2, {"tree": tree}):
+        assert (outcome["type"], outcome["exit_code"]) == ("CorpusError", 65)
+
+
 def spoiled(tree: dict[str, Any]) -> dict[str, Any]:
     """A run in which rank 1's gradient is not a number in the third step."""
     clip = Engine.clip
