@@ -10,9 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import os
 import re
-import tempfile
 import types
 import typing
 from collections.abc import Hashable, Iterator, Mapping, Sequence
@@ -24,6 +22,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError, create_model
 from pydantic_core import ErrorDetails
 
+from scaletrain import durable
 from scaletrain.errors import ConfigError, StorageError
 
 T = TypeVar("T")
@@ -198,17 +197,7 @@ def dump(config: Any, path: Path) -> None:
     text = yaml.dump(to_tree(config), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8") as stream:
-                stream.write(text)
-                stream.flush()
-                os.fsync(stream.fileno())
-            Path(temporary).chmod(0o644)
-            Path(temporary).replace(path)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
+        durable.write(path, text.encode())
     except OSError as error:
         raise StorageError(f"{path}: got {error.strerror!r}; the resolved settings must be written there") from error
 

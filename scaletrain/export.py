@@ -23,6 +23,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import AutoModelForMaskedLM, AutoTokenizer
 
+from scaletrain import durable
 from scaletrain.errors import InputError, ScaletrainError, StorageError, TokenizerError
 from scaletrain.model import PREFIX, MaskedLanguageModel, TokenIds, rebuild
 from scaletrain.model.network import quiet
@@ -232,7 +233,7 @@ def _compare(recorded: Sequence[Tensor], reloaded: Sequence[Tensor]) -> float:
 def _put_in_place(partial: Path, output: Path) -> None:
     """Makes the folder durable and renames it; an older export makes way in one rename and is deleted afterwards."""
     for path in (*partial.iterdir(), partial):
-        _sync(path)
+        durable.sync(path)
     older: Path | None = None
     if output.is_dir() and any(output.iterdir()):
         older = Path(tempfile.mkdtemp(dir=output.parent, prefix=f".{output.name}.older-"))
@@ -243,14 +244,6 @@ def _put_in_place(partial: Path, output: Path) -> None:
         if older is not None:
             older.rename(output)
         raise
-    _sync(output.parent)
+    durable.sync(output.parent)
     if older is not None:
         shutil.rmtree(older, ignore_errors=True)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Annotated, Any
 from pydantic import Field
 from torch import Tensor
 
+from scaletrain import durable
 from scaletrain.engine import Shard
 
 FORMAT = "scaletrain-checkpoint"
@@ -83,7 +83,7 @@ def read(folder: Path) -> dict[str, Any] | None:
 
 def write(folder: Path, manifest: Mapping[str, Any]) -> None:
     """Writes it durably, with a digest of its own: a flipped bit in a step number would otherwise go unnoticed."""
-    write_durably(folder / MANIFEST, json.dumps({**manifest, "sha256": _own_digest(manifest)}, indent=1).encode())
+    durable.write(folder / MANIFEST, json.dumps({**manifest, "sha256": _own_digest(manifest)}, indent=1).encode())
 
 
 def _own_digest(manifest: Mapping[str, Any]) -> str:
@@ -94,20 +94,3 @@ def file_digest(path: Path) -> str:
     """SHA-256 of a file's bytes."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def write_durably(path: Path, data: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    with open(temporary, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-
-
-def sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from dataclasses import asdict
 from pathlib import Path
@@ -14,9 +13,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from scaletrain import dist
+from scaletrain import dist, durable
 from scaletrain.checkpoint.finding import find, phase, sizes_fit, whole
-from scaletrain.checkpoint.manifest import FORMAT, VERSION, Progress, file_digest, parts, sync_folder, write, write_durably
+from scaletrain.checkpoint.manifest import FORMAT, VERSION, Progress, file_digest, parts, write
 from scaletrain.engine import Engine
 
 
@@ -36,12 +35,12 @@ def save(folder: Path, engine: Engine, progress: Progress, keep: int) -> Path:
     def publish() -> None:
         if dist.rank() == 0:
             write(partial, _manifest(engine, progress, files))
-            sync_folder(partial)
+            durable.sync(partial)
             if final.exists():
                 _discard(final)  # a damaged one: the run came by here again
             partial.rename(final)
-            sync_folder(folder)
-            write_durably(folder / "latest", f"{final.name}\n".encode())
+            durable.sync(folder)
+            durable.write(folder / "latest", f"{final.name}\n".encode())
             _retain(folder, keep)
 
     phase(publish, "publishing a checkpoint")
@@ -61,8 +60,7 @@ def _write_pieces(partial: Path, engine: Engine) -> dict[str, Any]:
     if dist.rank() == 0:
         tensors |= {f"buffer/{name}": value.detach().to("cpu", copy=True) for name, value in engine.buffers().items()}
     save_file(tensors, partial / name, metadata={"pieces": json.dumps(pieces)})
-    with open(partial / name, "rb") as written:
-        os.fsync(written.fileno())
+    durable.sync(partial / name)
     return {"name": name, "bytes": (partial / name).stat().st_size, "sha256": file_digest(partial / name)}
 
 

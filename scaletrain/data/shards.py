@@ -21,6 +21,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import numpy.typing as npt
 
+from scaletrain import durable
 from scaletrain.data import npy
 from scaletrain.data.index import BLOCK, RECORD, Index, Records
 from scaletrain.errors import StorageError
@@ -54,34 +55,14 @@ def _explain(folder: Path, error: OSError, needed: int) -> str:
 
 
 def write_atomically(file: Path, data: bytes) -> None:
-    """Write a file whole or not at all: temporary name in the same folder, flushed to the disk, renamed. Raises StorageError."""
-    temporary = file.with_name(f".{file.name}.tmp")
+    """Write a file whole or not at all. Raises StorageError."""
     with storage(file.parent, len(data)):
-        try:
-            with temporary.open("wb") as stream:
-                stream.write(data)
-                stream.flush()
-                os.fsync(stream.fileno())
-            temporary.replace(file)
-            sync_folder(file.parent)
-        except OSError:
-            with contextlib.suppress(OSError):
-                temporary.unlink(missing_ok=True)
-            raise
+        durable.write(file, data)
 
 
 def write_json(file: Path, tree: Any) -> None:
     """``write_atomically`` for a plain tree."""
     write_atomically(file, (json.dumps(tree, indent=1, ensure_ascii=False) + "\n").encode())
-
-
-def sync_folder(folder: Path) -> None:
-    """Make renames in ``folder`` survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def sample(key: str, ids: npt.NDArray[np.unsignedinteger[Any]]) -> bytes:
@@ -157,7 +138,7 @@ class ShardWriter:
         write_atomically(self._tar.with_suffix(".idx"), content)
         with storage(self._folder):
             self._temporary.replace(self._tar)
-            sync_folder(self._tar.parent)
+            durable.sync(self._tar.parent)
         digests = self._hash.hexdigest(), hashlib.sha256(content).hexdigest()
         return Written(f"{self._name}.tar", index.shard_bytes, digests[0], len(index.records), index.tokens, digests[1])
 

@@ -183,8 +183,9 @@ class Engine(ABC):
         place of a step where the host waits for the device.
         """
         gradients = list(self._gradients.values())
-        norms = torch.stack(torch._foreach_norm(gradients)) if gradients else torch.zeros(1, device=self.device)
-        packed = torch.cat([norms.double().square().sum().reshape(1), sums.to(self.device)])
+        # In float64: an fp32 sum of millions of squares is off by 1e-4 and more, and by how much depends on how they are sharded.
+        norms = torch.stack(torch._foreach_norm(gradients, 2.0, torch.float64))
+        packed = torch.cat([norms.square().sum().reshape(1), sums.to(self.device)])
         self._all_reduce(packed)
         packed = packed.cpu()
         norm = float(packed[0].sqrt())

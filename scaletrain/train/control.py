@@ -16,7 +16,7 @@ from types import FrameType, TracebackType
 
 import torch
 
-from scaletrain import dist
+from scaletrain import dist, durable
 from scaletrain.errors import InputError, RequeueError, ScaletrainError, StorageError
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
@@ -89,11 +89,9 @@ class Session:
         if not self._records:
             return
         record = {"code": code, "step": self.step, "reason": reason}
-        temporary = self._output / ".exit.json.tmp"
         try:
             self._output.mkdir(parents=True, exist_ok=True)
-            temporary.write_text(json.dumps(record) + "\n")
-            temporary.replace(self._output / "exit.json")
+            durable.write(self._output / "exit.json", (json.dumps(record) + "\n").encode())
         except OSError as failure:
             print(f"warning: {self._output / 'exit.json'} could not be written: {failure}", file=sys.stderr)
 

@@ -184,3 +184,25 @@ def test_deepspeed_settings_that_change_speed_only_are_passed_on() -> None:
 
     passed = settings(Zero3Config(extra={"zero_optimization": {"sub_group_size": 7}, "dump_state": True}), toy.CPU, 1000)
     assert (passed["zero_optimization"]["sub_group_size"], passed["dump_state"]) == (7, True)
+
+
+def norm_of_many(name: str) -> float:
+    """Of a gradient of one million elements in one parameter, most of them small beside a few."""
+    dist.start(toy.CPU)
+    wide = torch.nn.Linear(1000, 1000, bias=False)
+    made = create(
+        LocalConfig() if name == "local" else Zero3Config(), wide, [{"params": [wide.weight]}], OptimizerConfig(), toy.CPU
+    )
+    made.begin([])
+    pattern = torch.linspace(0, 1, 1_000_000).pow(8)
+    for shard in made.shards():
+        assert shard.gradient is not None
+        shard.gradient.copy_(pattern[shard.start : shard.start + shard.gradient.numel()])
+    return made.clip(None, torch.zeros(0, dtype=torch.float64))[0]
+
+
+def test_the_gradient_norm_does_not_depend_on_how_it_is_sharded() -> None:
+    """To the last digits of float64: a norm summed in fp32 clips differently at another world size."""
+    expected = float(torch.linspace(0, 1, 1_000_000).pow(8).double().norm())
+    assert ranks.run(norm_of_many, 1, {"name": "local"})[0] == pytest.approx(expected, rel=1e-12)
+    assert ranks.run(norm_of_many, 3, {"name": "zero3"}) == pytest.approx([expected] * 3, rel=1e-12)
