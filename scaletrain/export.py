@@ -205,7 +205,7 @@ def _reload(folder: Path, texts: Sequence[str], max_positions: int) -> list[Tens
         asked = {"texts": list(texts), "max_positions": max_positions, "threads": torch.get_num_threads()}
         request.write_text(json.dumps(asked), encoding="utf-8")
         # -P: the working directory is not searched for modules, so that a checkout of anything there plays no part.
-        command = [sys.executable, "-P", "-c", _RELOAD, str(folder), str(request), str(answer)]
+        command = [sys.executable, "-P", "-c", _RELOAD, str(folder.resolve()), str(request), str(answer)]
         environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
         done = subprocess.run(command, env=environment, cwd=scratch, capture_output=True, text=True, check=False)
         if done.returncode != 0:

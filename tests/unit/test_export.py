@@ -115,10 +115,13 @@ def test_plain_transformers_computes_the_recorded_logits_from_raw_text(
     assert len(differences) == len(ARCHITECTURES) * len(TEXTS)
 
 
-def test_the_exporter_reloads_in_a_process_of_its_own(tokenizer_folder: Path, tmp_path: Path) -> None:
-    """Its report carries the largest difference, the folder the marker, and nothing else is left beside it."""
+def test_the_exporter_reloads_in_a_process_of_its_own(
+    tokenizer_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its report carries the largest difference, the folder the marker, and nothing else is left beside it; the path is relative."""
+    monkeypatch.chdir(tmp_path)
     model = trained(tokenizer_folder, "deberta-v3")
-    report = run(model, tokenizer_folder, tmp_path / "out", source={"step": 10})
+    report = run(model, tokenizer_folder, Path("out"), source={"step": 10})
     marker = json.loads((tmp_path / "out" / MARKER).read_text())
     assert report.max_abs_diff <= 1e-5
     assert marker == {"format": "scaletrain-export", "version": 1, "max_abs_diff": report.max_abs_diff, "source": {"step": 10}}

@@ -102,7 +102,6 @@ def figures(run: Sequence[Mapping[str, Any]], entropy: float, spent: Mapping[str
     step_s = sum(step["step_s"] for step in steps)
     checks: dict[str, Check] = {
         "validation loss falls, last - first (nats)": {"value": last - first, "target": "< 0"},
-        "validation loss, last - unigram entropy (nats)": {"value": last - entropy, "target": "< 0"},
         "data wait, share of step time": {"value": sum(step["data_wait_s"] for step in steps) / step_s, "target": "<= 0.01"},
         "padding, share of computed tokens": {"value": 1 - tokens / computed, "target": "<= 0.15"},
         "filler, largest share of a step's slots": {"value": max(step["filler_share"] for step in steps), "target": "<= 0"},
