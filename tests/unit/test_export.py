@@ -118,7 +118,7 @@ def test_plain_transformers_computes_the_recorded_logits_from_raw_text(
 def test_the_exporter_reloads_in_a_process_of_its_own(
     tokenizer_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its report carries the largest difference, the folder the marker, and nothing else is left beside it; the path is relative."""
+    """Its report has the largest difference, the folder the marker, nothing else is left beside it; the path is relative."""
     monkeypatch.chdir(tmp_path)
     model = trained(tokenizer_folder, "deberta-v3")
     report = run(model, tokenizer_folder, Path("out"), source={"step": 10})
