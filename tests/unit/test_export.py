@@ -247,7 +247,7 @@ def test_a_disk_that_refuses_is_a_storage_error(
     def full(_path: Path) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(exporting, "_sync", full)
+    monkeypatch.setattr(exporting.durable, "sync", full)
     with pytest.raises(StorageError, match="No space left on device"):
         run(trained(tokenizer_folder), tokenizer_folder, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
