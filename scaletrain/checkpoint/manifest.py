@@ -72,13 +72,10 @@ def read(folder: Path) -> dict[str, Any] | None:
         return None
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT or manifest.get("version") != VERSION:
         return None
-    digest = manifest.pop("sha256", None)
-    named = (
-        all(Path(entry["name"]).name == entry["name"] for entry in manifest["files"])
-        if digest == _own_digest(manifest)
-        else False
-    )
-    return manifest if named else None
+    if manifest.pop("sha256", None) != _own_digest(manifest):
+        return None
+    inside = all(Path(entry["name"]).name == entry["name"] for entry in manifest["files"])
+    return manifest if inside else None
 
 
 def write(folder: Path, manifest: Mapping[str, Any]) -> None:

@@ -100,13 +100,16 @@ def test_every_file_is_named_with_its_digest_and_every_element_is_there_once(sav
     assert shapes == {name: list(p.shape) for name, p in [*model.named_parameters(), *model.named_buffers()]}
 
 
-@pytest.mark.parametrize("damage", ["cut", "flipped", "missing", "manifest cut", "manifest missing"])
+@pytest.mark.parametrize("damage", ["cut", "flipped", "missing", "manifest cut", "manifest missing", "manifest edited"])
 def test_a_damaged_newest_is_passed_over_for_the_one_before(copy: Path, damage: str) -> None:
     newest = copy / "step-00000004"
     file = newest / ("MANIFEST.json" if damage.startswith("manifest") else "state-00001-of-00002.safetensors")
     data = bytearray(file.read_bytes())
     if damage.endswith("missing"):
         file.unlink()
+    elif damage.endswith("edited"):
+        assert b'"step": 4' in data
+        file.write_bytes(data.replace(b'"step": 4', b'"step": 5'))
     elif damage == "flipped":
         data[len(data) // 2] ^= 1
         file.write_bytes(data)
