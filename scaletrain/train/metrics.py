@@ -154,19 +154,19 @@ class Meter:
 
 
 # TFLOP/s of dense bf16 matrix products with fp32 accumulation, by words of the name that CUDA gives the GPU; the first match
-# counts. All but the measured one are from NVIDIA's data sheets: at full power, which no real job sustains.
-_DATA_SHEET = "data sheet"
+# counts. All but the measured one are nominal and were not checked here: set metrics.peak_tflops to be sure.
+_NOMINAL = "nominal, not measured here"
 _PEAKS = {
     "H200": (790.0, "measured"),
-    "B200": (2250.0, _DATA_SHEET),
-    "GH200": (990.0, _DATA_SHEET),
-    "H100 PCIe": (756.0, _DATA_SHEET),
-    "H100 NVL": (835.0, _DATA_SHEET),
-    "H100": (989.0, _DATA_SHEET),
-    "A100": (312.0, _DATA_SHEET),
-    "L40S": (362.0, _DATA_SHEET),
-    "A10": (125.0, _DATA_SHEET),
-    "L4": (121.0, _DATA_SHEET),
+    "B200": (2250.0, _NOMINAL),
+    "GH200": (990.0, _NOMINAL),
+    "H100 PCIe": (756.0, _NOMINAL),
+    "H100 NVL": (835.0, _NOMINAL),
+    "H100": (989.0, _NOMINAL),
+    "A100": (312.0, _NOMINAL),
+    "L40S": (362.0, _NOMINAL),
+    "A10": (125.0, _NOMINAL),
+    "L4": (121.0, _NOMINAL),
 }
 
 
