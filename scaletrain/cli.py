@@ -15,7 +15,7 @@ import sys
 import textwrap
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, NoReturn, get_args, get_origin
 
@@ -36,6 +36,10 @@ class Verb:
     """Whether ``scaletrain launch`` may run it on several ranks."""
     embedded: bool = False
     """Whether it brings its own configuration, so that --config may be left out."""
+    places: tuple[str, ...] = ()
+    """Settings that are what the verb works on: each may be given as ``--NAME PATH``, the first one also as a bare word."""
+    folder: str = "output"
+    """The setting that names the run's folder, where exit.json goes."""
 
 
 VERBS: Mapping[str, Verb] = {
@@ -49,6 +53,56 @@ VERBS: Mapping[str, Verb] = {
         summary="train an encoder on prepared data; continues where the run folder stands",
         permissions={"fresh": "start at step 0 although the run folder holds checkpoints"},
         ranks=True,
+    ),
+    "finetune": Verb(
+        module="scaletrain.recipes.finetune",
+        summary="train a classifier on labelled texts, from an encoder; continues where the run folder stands",
+        permissions={"fresh": "start at step 0, with the data read again, although the run folder holds checkpoints"},
+        ranks=True,
+    ),
+    "evaluate": Verb(
+        module="scaletrain.recipes.evaluate",
+        summary="measure a classifier on labelled texts: accuracy, F1, a report per label",
+        ranks=True,
+    ),
+    "predict": Verb(
+        module="scaletrain.recipes.predict",
+        summary="label texts from a file or from standard input",
+        embedded=True,
+        places=("model",),
+    ),
+    "continual": Verb(
+        module="scaletrain.recipes.continual",
+        summary="learn a stream of tasks onto one model: train, evaluate, judge, publish; continues where the lineage stands",
+        permissions={"retry": "try tasks again that the gate did not accept"},
+        ranks=True,
+    ),
+    "onboard": Verb(
+        module="scaletrain.recipes.onboard",
+        summary="one more task onto the published model of a lineage",
+        permissions={"retry": "try the task again although the gate did not accept it"},
+        ranks=True,
+        embedded=True,
+        places=("lineage", "task"),
+        folder="lineage",
+    ),
+    "history": Verb(
+        module="scaletrain.recipes.history",
+        summary="what a lineage has been through, from its ledger",
+        embedded=True,
+        places=("lineage",),
+    ),
+    "rollback": Verb(
+        module="scaletrain.recipes.rollback",
+        summary="publish an earlier version of a lineage again",
+        embedded=True,
+        places=("lineage", "version"),
+    ),
+    "report": Verb(
+        module="scaletrain.recipes.report",
+        summary="a run or a lineage as one HTML page",
+        embedded=True,
+        places=("run",),
     ),
     "export": Verb(
         module="scaletrain.recipes.export",
@@ -99,7 +153,7 @@ def _run(argv: Sequence[str]) -> int:
         return 0
     options = parser.parse_intermixed_args(argv[1:])
     recipe = _recipe(verb)
-    settings = config.load(recipe.Config, options.config, options.override)
+    settings = config.load(recipe.Config, options.config, _overrides(verb, options))
     result = recipe.main(settings, **{permission: getattr(options, permission) for permission in verb.permissions})
     if isinstance(result, Mapping):
         print(json.dumps(result), flush=True)
@@ -126,9 +180,20 @@ def _launch(argv: Sequence[str]) -> int:
         parser.error(f"after -- comes the verb to run on every rank: {', '.join(verbs)}")
     settings = config.load(LaunchConfig, options.config, options.override)
     # Read before anything starts: a file that is not there is then said once, not once per rank.
-    asked = _parser(job[0], VERBS[job[0]]).parse_intermixed_args(job[1:])
-    output = config.load_tree(asked.config, asked.override).get("output")
+    verb = VERBS[job[0]]
+    asked = _parser(job[0], verb).parse_intermixed_args(job[1:])
+    output = config.load_tree(asked.config, _overrides(verb, asked)).get(verb.folder)
     return launch(settings, job, Path(output) if isinstance(output, str) else None, dry_run=options.dry_run)
+
+
+def _overrides(verb: Verb, options: argparse.Namespace) -> list[str]:
+    """What the command line sets: the places by their names, and everything of the form key.path=value."""
+    words = [word for word in options.override if "=" not in word] if verb.places else []
+    given = dict(zip(verb.places[:1], words[:1], strict=False))
+    given |= {place: value for place in verb.places if (value := getattr(options, place)) is not None}
+    # As JSON, which YAML reads as it is: a version called 0003 is no number.
+    named = [f"{place}={json.dumps(value)}" for place, value in given.items()]
+    return named + [word for word in options.override if word not in words[:1]]
 
 
 def _recipe(verb: Verb) -> Any:
@@ -158,6 +223,8 @@ def _parser(name: str, verb: Verb) -> argparse.ArgumentParser:
     parser = _Parser(prog=f"scaletrain {name}", description=verb.summary, add_help=False, allow_abbrev=False)
     parser.add_argument("--config", type=Path, metavar="FILE", required=not verb.embedded, help="YAML; may build on a `base:`")
     parser.add_argument("override", nargs="*", metavar="key.path=value", help="a setting that takes precedence over the file's")
+    for place in verb.places:
+        parser.add_argument(f"--{place}", metavar="PATH", help=f"the same as {place}=PATH")
     for permission, meaning in verb.permissions.items():
         parser.add_argument(f"--{permission}", action="store_true", help=meaning)
     parser.add_argument("--debug", action="store_true", help="show where an error was raised")
@@ -251,7 +318,14 @@ def _type(hint: Any) -> str:
 
 
 def docstrings(cls: type) -> dict[str, str]:
-    """The text under each field of a dataclass, which Python itself does not keep."""
+    """The text under each field of a dataclass, inherited ones included, which Python itself does not keep."""
+    found: dict[str, str] = {}
+    for base in reversed(cls.__mro__):
+        found |= _own_docstrings(base) if is_dataclass(base) else {}
+    return found
+
+
+def _own_docstrings(cls: type) -> dict[str, str]:
     body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0]
     assert isinstance(body, ast.ClassDef)
     found = {}

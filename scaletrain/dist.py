@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -168,6 +168,18 @@ def gather_rows(rows: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
 def broadcast(tree: Any) -> Any:
     """The JSON value of rank 0, on every rank."""
     return gather(tree if rank() == 0 else None)[0]
+
+
+def from_first(what: str, work: Callable[[], Any]) -> Any:
+    """What ``work``, run on rank 0 alone, returned (a JSON value), on every rank. A failure is shared like `raise_together`'s."""
+    value, error = None, None
+    if rank() == 0:
+        try:
+            value = work()
+        except Exception as failure:
+            error = failure
+    raise_together(error, what)
+    return broadcast(value)
 
 
 def agree(what: str, value: str, kind: type[ScaletrainError] = ScaletrainError) -> None:

@@ -15,6 +15,8 @@
     ├── StorageError                74  a disk that is full, read-only, or failing
     ├── RequeueError                75  stopped on request; the same command continues
     ├── PeerLostError               76  another rank died or did not answer in time
+    ├── RefusedError                77  the gate refused a candidate; what is published stays as it was
+    ├── UndecidedError              78  the gate could not tell; what is published stays as it was
     └── RoundsError                 70  ranks ran different modules in the same round
 
 Exit 0 means done. Every message names the field, the value received, the rule it broke and the remedy.
@@ -94,6 +96,18 @@ class PeerLostError(ScaletrainError):
     """Another rank died or did not answer in time."""
 
     exit_code: int = 76
+
+
+class RefusedError(ScaletrainError):
+    """The gate found a task broken; the candidate is kept and not published."""
+
+    exit_code: int = 77
+
+
+class UndecidedError(ScaletrainError):
+    """The gate's examples are too few to tell; the candidate is kept and not published."""
+
+    exit_code: int = 78
 
 
 class RoundsError(ScaletrainError):

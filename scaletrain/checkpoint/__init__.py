@@ -13,13 +13,31 @@
 A checkpoint exists if and only if its manifest verifies. It is written beside its place, made durable, and renamed: phase one is
 every rank's file, phase two is rank 0's manifest and rename, and no rank leaves a phase without knowing how the others fared.
 
+What is kept beside a model, without moments (a Fisher diagonal), is written by :func:`write_state` in the same form: a folder of
+one part, with a file per rank and a manifest.
+
 Every piece is flat fp32 and says in the file's own header where it starts in its flattened parameter. Reading at another world
 size is therefore arithmetic on ranges; nothing is converted and nothing is unpickled.
 """
 
 from scaletrain.checkpoint.finding import find, newest, set_aside
 from scaletrain.checkpoint.manifest import Checkpoint, CheckpointConfig, Progress
-from scaletrain.checkpoint.reading import restore, weights
-from scaletrain.checkpoint.writing import save
+from scaletrain.checkpoint.pieces import Piece
+from scaletrain.checkpoint.reading import read_state, restore, state_shapes, weights
+from scaletrain.checkpoint.writing import save, write_state
 
-__all__ = ["Checkpoint", "CheckpointConfig", "Progress", "find", "newest", "restore", "save", "set_aside", "weights"]
+__all__ = [
+    "Checkpoint",
+    "CheckpointConfig",
+    "Piece",
+    "Progress",
+    "find",
+    "newest",
+    "read_state",
+    "restore",
+    "save",
+    "set_aside",
+    "state_shapes",
+    "weights",
+    "write_state",
+]

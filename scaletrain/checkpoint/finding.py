@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -49,7 +49,7 @@ def newest(folder: Path) -> Checkpoint | None:
     """
     names = dist.broadcast([checkpoint.folder.name for checkpoint in find(folder)])
     for name in names:
-        manifest, found = _verified(folder / name)
+        manifest, found = verified(folder / name)
         if manifest is not None and not found:
             return Checkpoint(folder / name, manifest)
         if dist.rank() == 0:
@@ -62,7 +62,7 @@ def newest(folder: Path) -> Checkpoint | None:
 
 def whole(folder: Path) -> bool:
     """Whether the checkpoint in ``folder`` verifies, on every rank. Collective."""
-    return not _verified(folder)[1]
+    return not verified(folder)[1]
 
 
 def sizes_fit(checkpoint: Checkpoint) -> bool:
@@ -71,10 +71,15 @@ def sizes_fit(checkpoint: Checkpoint) -> bool:
     return all(sizes.get(entry["name"]) == entry["bytes"] for entry in checkpoint.manifest["files"])
 
 
-def _verified(folder: Path) -> tuple[dict[str, Any] | None, str]:
-    """The manifest as read here, and the first fault that any rank found; empty where there is none. Collective."""
+def verified(folder: Path) -> tuple[dict[str, Any] | None, str]:
+    """The manifest as read here, and the first fault that any rank found; empty where there is none. Collective.
+
+    Each rank hashes its share of the files.
+    """
     manifest = read(folder)
-    found = dist.gather("the manifest cannot be read" if manifest is None else faults(folder, manifest))
+    found = dist.gather(
+        "the manifest cannot be read" if manifest is None else faults(folder, manifest["files"][dist.rank() :: dist.world()])
+    )
     return manifest, next(filter(None, found), "")
 
 
@@ -91,9 +96,9 @@ def set_aside(folder: Path) -> Path | None:
     return aside if dist.broadcast(phase(rename, f"setting {folder} aside")) else None
 
 
-def faults(folder: Path, manifest: Mapping[str, Any]) -> str:
-    """What is wrong with this rank's share of the files; empty where all is well."""
-    for entry in manifest["files"][dist.rank() :: dist.world()]:
+def faults(folder: Path, entries: Sequence[Mapping[str, Any]]) -> str:
+    """The first thing that is wrong with the files of these entries of a manifest; empty where all is well."""
+    for entry in entries:
         path = folder / entry["name"]
         if not path.is_file():
             return f"{entry['name']} is missing"

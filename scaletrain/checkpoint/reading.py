@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
-from scaletrain.checkpoint.finding import faults, phase
-from scaletrain.checkpoint.manifest import Checkpoint, Progress, parts
+from scaletrain.checkpoint.finding import faults, phase, verified
+from scaletrain.checkpoint.manifest import Checkpoint, Progress, parts, read
+from scaletrain.checkpoint.pieces import Piece, Pieces
 from scaletrain.engine import Engine
 from scaletrain.errors import CheckpointError
 
@@ -33,7 +34,7 @@ def restore(checkpoint: Checkpoint, engine: Engine, identity: Mapping[str, str])
 
 
 def _fill(checkpoint: Checkpoint, engine: Engine) -> None:
-    with _Pieces(checkpoint) as pieces:
+    with Pieces(checkpoint.folder, checkpoint.manifest) as pieces:
         for shard in engine.shards():
             for part, target in parts(shard):
                 pieces.read(part, shard.name, shard.start, target)
@@ -42,20 +43,63 @@ def _fill(checkpoint: Checkpoint, engine: Engine) -> None:
 
 
 def weights(checkpoint: Checkpoint) -> dict[str, Tensor]:
-    """The whole fp32 weights and the buffers by name, on the host, in one process."""
-    fault = faults(checkpoint.folder, checkpoint.manifest)
-    if fault:
-        raise CheckpointError(
-            str(checkpoint.folder), fault, "a checkpoint is used whole or not at all", "Use another checkpoint."
-        )
+    """The whole fp32 weights and the buffers by name, on the host.
+
+    Every process that calls it reads all files for itself. Raises CheckpointError where one is missing or damaged.
+    """
+    _check_whole(checkpoint.folder, faults(checkpoint.folder, checkpoint.manifest["files"]))
     found: dict[str, Tensor] = {}
-    with _Pieces(checkpoint) as pieces:
+    with Pieces(checkpoint.folder, checkpoint.manifest) as pieces:
         for name, facts in checkpoint.manifest["parameters"].items():
             flat = torch.empty(_numel(facts["shape"]))
             pieces.read("weight", name, 0, flat)
             found[name] = flat.view(facts["shape"])
         found |= {name: pieces.whole(f"buffer/{name}") for name in checkpoint.manifest["buffers"]}
     return found
+
+
+def state_shapes(folder: Path, part: str) -> dict[str, tuple[int, ...]]:
+    """What `write_state` wrote to ``folder/part``: name -> shape of the whole; nothing where it never wrote to its end.
+
+    Raises CheckpointError for a manifest that is missing or damaged: what was lost must not look like what never was.
+    """
+    if not (folder / part).exists():
+        return {}
+    manifest = read(folder / part)
+    _check_whole(folder / part, "" if manifest else "the manifest cannot be read")
+    assert manifest is not None
+    return {name: tuple(facts["shape"]) for name, facts in manifest["parameters"].items()}
+
+
+def read_state(folder: Path, part: str, pieces: Mapping[str, Piece]) -> None:
+    """Fills the values of ``pieces`` from what `write_state` wrote, at whatever world size. Collective.
+
+    Ranks may ask for different names. All ranks raise, a rank that is at fault CheckpointError, before anything is filled, where
+    a file is missing or damaged or a name or shape is asked for that was not written (`state_shapes` says which were).
+    """
+    manifest, fault = verified(folder / part)
+    _check_whole(folder / part, fault)
+    assert manifest is not None, "verified finds fault with a missing manifest"
+    phase(lambda: _check_written(folder / part, manifest, pieces), f"looking for {part}")
+
+    def fill() -> None:
+        with Pieces(folder / part, manifest) as found:
+            for name, piece in pieces.items():
+                found.read(part, name, piece.start, piece.values)
+
+    phase(fill, f"reading {folder / part}")
+
+
+def _check_whole(folder: Path, fault: str) -> None:
+    if fault:
+        raise CheckpointError(str(folder), fault, "a checkpoint is used whole or not at all", "Use another checkpoint.")
+
+
+def _check_written(folder: Path, manifest: Mapping[str, Any], pieces: Mapping[str, Piece]) -> None:
+    for name, piece in pieces.items():
+        theirs = manifest["parameters"].get(name, {"shape": "no such parameter"})["shape"]
+        if theirs != list(piece.shape):
+            raise CheckpointError(f"parameter {name}", list(piece.shape), f"{folder} has {theirs}", "It is of another model.")
 
 
 def _check_shapes(checkpoint: Checkpoint, engine: Engine) -> None:
@@ -67,42 +111,6 @@ def _check_shapes(checkpoint: Checkpoint, engine: Engine) -> None:
             raise CheckpointError(
                 f"parameter {name}", mine.get(name, "no such parameter"), rule, "It is a checkpoint of another model."
             )
-
-
-class _Pieces:
-    """The pieces of all files of a checkpoint, read by range."""
-
-    def __init__(self, checkpoint: Checkpoint) -> None:
-        self._files = [safe_open(checkpoint.folder / entry["name"], framework="pt") for entry in checkpoint.manifest["files"]]
-        self._index: dict[str, list[tuple[int, int, int]]] = {}
-        for number, file in enumerate(self._files):
-            for name, (start, length) in json.loads(file.metadata()["pieces"]).items():
-                self._index.setdefault(name, []).append((start, length, number))
-        self._folder = checkpoint.folder
-
-    def __enter__(self) -> _Pieces:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._files.clear()
-
-    def read(self, part: str, name: str, start: int, target: Tensor) -> None:
-        """Fills ``target`` (flat) with the elements from ``start`` on of the flattened parameter."""
-        end, filled = start + target.numel(), 0
-        for first, length, number in self._index.get(name, []):
-            low, high = max(start, first), min(end, first + length)
-            if low < high:
-                piece = self._files[number].get_slice(f"{part}/{name}")[low - first : high - first]
-                target[low - start : high - start].copy_(piece)
-                filled += high - low
-        if filled != target.numel():
-            rule = f"the files hold {filled} of {target.numel()} elements from {start} on"
-            raise CheckpointError(f"{self._folder}: {part} of {name}", filled, rule, "Use another checkpoint.")
-
-    def whole(self, key: str) -> Tensor:
-        """A buffer; rank 0 wrote them."""
-        value: Tensor = self._files[0].get_tensor(key)
-        return value
 
 
 def _numel(shape: list[int]) -> int:

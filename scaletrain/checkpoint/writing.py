@@ -5,63 +5,92 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
-from torch import Tensor
 
 from scaletrain import dist, durable
 from scaletrain.checkpoint.finding import find, phase, sizes_fit, whole
-from scaletrain.checkpoint.manifest import FORMAT, VERSION, Progress, file_digest, parts, write
+from scaletrain.checkpoint.manifest import FORMAT, VERSION, Progress, parts, write
+from scaletrain.checkpoint.pieces import Piece, write_file
 from scaletrain.engine import Engine
 
+Files = list[dict[str, Any]]
 
-def save(folder: Path, engine: Engine, progress: Progress, keep: int) -> Path:
+
+def save(folder: Path, engine: Engine, progress: Progress, keep: int, protected: Collection[int] = ()) -> Path:
     """Writes the checkpoint of ``progress.step`` under ``folder`` and drops old ones beyond ``keep``. Collective.
 
+    Those of the steps ``protected`` (the best so far) are kept whatever their age.
     Raises StorageError on every rank where any rank could not write; older checkpoints are untouched then.
     """
     final = folder / f"step-{progress.step:08d}"
-    partial = folder / f".{final.name}.partial"
     if whole(final):
         return final  # resumed here, nothing happened since
     dist.agree("the buffers of the model", _buffers_digest(engine))
-    phase(lambda: _clear(folder, partial) if dist.rank() == 0 else None, "making room for a checkpoint")
-    files = dist.gather(phase(lambda: _write_pieces(partial, engine), "writing a checkpoint"))
+    buffers = {f"buffer/{name}": value for name, value in engine.buffers().items()} if dist.rank() == 0 else {}
 
-    def publish() -> None:
-        if dist.rank() == 0:
-            write(partial, _manifest(engine, progress, files))
-            durable.sync(partial)
-            if final.exists():
-                _discard(final)  # a damaged one: the run came by here again
-            partial.rename(final)
-            durable.sync(folder)
-            durable.write(folder / "latest", f"{final.name}\n".encode())
-            _retain(folder, keep)
+    def settle() -> None:
+        durable.write(folder / "latest", f"{final.name}\n".encode())
+        _retain(folder, keep, protected)
 
-    phase(publish, "publishing a checkpoint")
+    _commit(
+        final,
+        lambda partial: write_file(partial, _shards(engine), buffers),
+        lambda files: _manifest(engine, progress, files),
+        settle,
+    )
     return final
 
 
-def _write_pieces(partial: Path, engine: Engine) -> dict[str, Any]:
-    """This rank's file; returns its entry of the manifest."""
-    name = f"state-{dist.rank():05d}-of-{dist.world():05d}.safetensors"
-    tensors: dict[str, Tensor] = {}
-    pieces: dict[str, tuple[int, int]] = {}
+def write_state(folder: Path, part: str, pieces: Mapping[str, Piece]) -> Files:
+    """Writes further pieces, such as a Fisher diagonal, to ``folder/part`` as a checkpoint keeps its own. Collective.
+
+    Every rank gives the same names and shapes in the same order. What stood there before is replaced. Returns the manifest's
+    entries of the files, alike on every rank. Raises StorageError on every rank where any rank could not write.
+    """
+    shapes = {name: list(piece.shape) for name, piece in pieces.items()}
+    dist.agree(f"the names and shapes of {part}", hashlib.sha256(json.dumps(shapes).encode()).hexdigest())
+    return _commit(
+        folder / part,
+        lambda partial: write_file(partial, ((part, name, piece) for name, piece in pieces.items()), {}),
+        lambda files: _described({name: {"shape": shape, "parts": [part]} for name, shape in shapes.items()}, files),
+    )
+
+
+def _commit(
+    final: Path,
+    write_pieces: Callable[[Path], dict[str, Any]],
+    manifest: Callable[[Files], dict[str, Any]],
+    settle: Callable[[], None] | None = None,
+) -> Files:
+    """Every rank's file beside its place, then rank 0's manifest and rename. Returns the entries of all files."""
+    partial = final.with_name(f".{final.name}.partial")
+    phase(lambda: _clear(partial) if dist.rank() == 0 else None, f"making room for {final}")
+    files: Files = dist.gather(phase(lambda: write_pieces(partial), f"writing {final}"))
+
+    def publish() -> None:
+        if dist.rank() == 0:
+            write(partial, manifest(files))
+            durable.sync(partial)
+            if final.exists():
+                _discard(final)  # a damaged one, or that of an earlier attempt: the run came by here again
+            partial.rename(final)
+            durable.sync(final.parent)
+            if settle:
+                settle()
+
+    phase(publish, f"publishing {final}")
+    return files
+
+
+def _shards(engine: Engine) -> Iterator[tuple[str, str, Piece]]:
     for shard in engine.shards():
-        if shard.weight.numel():
-            pieces[shard.name] = (shard.start, shard.weight.numel())
-            for part, value in parts(shard):
-                tensors[f"{part}/{shard.name}"] = value.detach().to("cpu", copy=True)
-    if dist.rank() == 0:
-        tensors |= {f"buffer/{name}": value.detach().to("cpu", copy=True) for name, value in engine.buffers().items()}
-    save_file(tensors, partial / name, metadata={"pieces": json.dumps(pieces)})
-    durable.sync(partial / name)
-    return {"name": name, "bytes": (partial / name).stat().st_size, "sha256": file_digest(partial / name)}
+        for part, values in parts(shard):
+            yield part, shard.name, Piece(shard.shape, shard.start, values)
 
 
 def _buffers_digest(engine: Engine) -> str:
@@ -71,34 +100,42 @@ def _buffers_digest(engine: Engine) -> str:
     return digest.hexdigest()
 
 
-def _manifest(engine: Engine, progress: Progress, files: list[dict[str, Any]]) -> dict[str, Any]:
+def _manifest(engine: Engine, progress: Progress, files: Files) -> dict[str, Any]:
     parameters = {s.name: {"shape": list(s.shape), "parts": [part for part, _ in parts(s)]} for s in engine.shards()}
-    libraries = {"torch": torch.__version__}
     return {
-        "format": FORMAT,
-        "version": VERSION,
+        **_described(parameters, files),
         "progress": asdict(progress),
         "updates": engine.updates,
-        "world_size": dist.world(),
-        "parameters": parameters,
         "buffers": {name: list(value.shape) for name, value in engine.buffers().items()},
-        "files": files,
-        "libraries": libraries,
     }
 
 
-def _clear(folder: Path, partial: Path) -> None:
-    """Sweeps what killed saves left behind, and makes the folder for this one."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for left in [*folder.glob(".step-*.partial"), *folder.glob(".step-*.trash")]:
+def _described(parameters: Mapping[str, Any], files: Files) -> dict[str, Any]:
+    """What the manifest says of any files of pieces."""
+    return {
+        "format": FORMAT,
+        "version": VERSION,
+        "world_size": dist.world(),
+        "parameters": parameters,
+        "files": files,
+        "libraries": {"torch": torch.__version__},
+    }
+
+
+def _clear(partial: Path) -> None:
+    """Sweeps what killed saves of the same kind left behind, and makes the folder for this one."""
+    partial.parent.mkdir(parents=True, exist_ok=True)
+    kind = partial.name.removesuffix(".partial").partition("-")[0]  # all of ".step-00000400", ".step-00000800", ...
+    for left in [*partial.parent.glob(f"{kind}*.partial"), *partial.parent.glob(f"{kind}*.trash")]:
         shutil.rmtree(left)
     partial.mkdir()
 
 
-def _retain(folder: Path, keep: int) -> None:
-    """Drops all but the ``keep`` newest. One with files missing or cut counts for nothing."""
+def _retain(folder: Path, keep: int, protected: Collection[int]) -> None:
+    """Drops all but the ``keep`` newest and those protected. One with files missing or cut counts for nothing."""
     for old in [checkpoint for checkpoint in find(folder) if sizes_fit(checkpoint)][keep:]:
-        _discard(old.folder)
+        if old.progress.step not in protected:
+            _discard(old.folder)
 
 
 def _discard(checkpoint: Path) -> None:

@@ -59,6 +59,8 @@ class Frame:
     pad_id: int
     layout: Layout = "padded"
     pad_multiple: int = 1
+    token_types: bool = False
+    """Whether the model tells the second part of a pair by `token_type_ids`."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -71,12 +73,15 @@ class Arranged:
     padded_tokens: int
 
 
-def arrange(tokens: NDArray[Any], lengths: NDArray[Any], frame: Frame) -> Arranged:
+def arrange(tokens: NDArray[Any], lengths: NDArray[Any], frame: Frame, seconds: NDArray[Any] | None = None) -> Arranged:
     """Lays out chunks that stand end to end in ``tokens`` [n], with ``lengths`` per chunk, between their special tokens.
 
     Padded: `input_ids` int64 [chunks, longest], and `attention_mask` of the same shape (1 for a token) unless no row is padded.
     Unpadded: `input_ids` and `position_ids` int64 [1, tokens], the positions starting over in each chunk, and `cu_seqlens` int32
     [chunks + 1], the boundaries. No chunk at all gives one empty one: every slot runs the whole model.
+
+    ``seconds`` per chunk counts the tokens before the second part of a pair, and is the chunk's length where there is none.
+    Frames that ask for it get `token_type_ids`, of the shape of `input_ids`: 1 in second parts and the token that ends them.
     """
     real = int(np.sum(lengths)) + 2 * len(lengths)
     if not len(lengths):
@@ -95,12 +100,18 @@ def arrange(tokens: NDArray[Any], lengths: NDArray[Any], frame: Frame) -> Arrang
     ids[begins] = frame.first_id
     ids[begins + rows - 1] = frame.last_id
     inputs = {"input_ids": torch.from_numpy(ids)}
+    if frame.token_types:
+        types = np.zeros(total, dtype=np.int64)
+        seconds = inner[:0] if seconds is None else seconds
+        for row in np.flatnonzero(seconds < inner[: len(seconds)]):
+            types[begins[row] + 1 + seconds[row] : begins[row] + rows[row]] = 1
+        inputs["token_type_ids"] = torch.from_numpy(types)
     if frame.layout == "unpadded":
         inputs["position_ids"] = torch.from_numpy(np.arange(total) - np.repeat(begins, rows))
         inputs = {name: value[None] for name, value in inputs.items()}
         inputs["cu_seqlens"] = torch.from_numpy(np.append(begins, total).astype(np.int32))
     else:
-        inputs["input_ids"] = inputs["input_ids"].view(len(rows), width)
+        inputs = {name: value.view(len(rows), width) for name, value in inputs.items()}
         if total > rows.sum():
             inputs["attention_mask"] = torch.from_numpy((np.arange(width) < rows[:, None]).astype(np.int64))
     return Arranged(inputs, places, real, total)

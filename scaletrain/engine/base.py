@@ -19,7 +19,7 @@ from __future__ import annotations
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, Protocol
 
@@ -193,25 +193,37 @@ class Engine(ABC):
             torch._foreach_mul_(gradients, max_norm / norm)
         return norm, packed[1:]
 
-    def gradients(self, slots: Iterable[MicroBatch], loss: Loss, transform: Callable[[Tensor], Tensor] | None = None) -> None:
+    def gradients(
+        self,
+        slots: Iterable[MicroBatch],
+        loss: Loss,
+        transform: Callable[[Tensor], Tensor] | None = None,
+        *,
+        dropout: bool = True,
+    ) -> None:
         """A gradient pass without a step: afterwards ``shards()`` hold the sum over slots and ranks of ``transform(gradient)``.
 
         ``transform`` sees the whole gradient of one parameter for one slot, before any reduction: with slots of one sample,
-        ``torch.square`` gives the sum of per-sample squares (empirical Fisher). The next ``begin`` clears the result.
+        ``torch.square`` gives the sum of per-sample squares (empirical Fisher). The next ``begin`` clears the result. Without
+        ``dropout`` it is the gradient of the function that the model computes in evaluation; training goes on with it afterwards.
         """
         slots = list(slots)
         self.begin([slot.signature for slot in slots])
-        with self._transformed(transform):
+        with self._transformed(transform), nullcontext() if dropout else self._without_dropout():
             for slot in slots:
                 self.backward(loss(self.forward(slot), slot))
 
     @contextmanager
     def inference(self) -> Iterator[None]:
         """No dropout and no graph inside; training goes on as before after it."""
+        with self._without_dropout(), torch.no_grad():
+            yield
+
+    @contextmanager
+    def _without_dropout(self) -> Iterator[None]:
         self.module.eval()
         try:
-            with torch.no_grad():
-                yield
+            yield
         finally:
             self.module.train()
 
@@ -230,7 +242,10 @@ class Engine(ABC):
 
     @abstractmethod
     def step(self, learning_rate: float) -> None:
-        """One optimizer update with the gradient as it now stands in the shards."""
+        """One optimizer update with the gradient as it now stands in the shards.
+
+        A parameter group with the key ``lr_factor`` takes ``learning_rate`` times that.
+        """
 
     @abstractmethod
     def shards(self) -> Iterator[Shard]:
@@ -268,6 +283,12 @@ def build_optimizer(config: OptimizerConfig, groups: list[dict[str, Any]]) -> to
     return torch.optim.AdamW(
         groups, lr=config.learning_rate, betas=config.betas, eps=config.epsilon, weight_decay=config.weight_decay, fused=True
     )
+
+
+def set_learning_rate(groups: Iterable[dict[str, Any]], learning_rate: float) -> None:
+    """Of every parameter group, times the group's own factor where it has one."""
+    for group in groups:
+        group["lr"] = learning_rate * group.get("lr_factor", 1.0)
 
 
 MOMENTS = ("exp_avg", "exp_avg_sq")

@@ -10,7 +10,16 @@ import torch
 from torch import Tensor, nn
 
 from scaletrain import dist
-from scaletrain.engine.base import MOMENTS, Engine, LocalConfig, OptimizerConfig, Shard, build_optimizer, initial_state
+from scaletrain.engine.base import (
+    MOMENTS,
+    Engine,
+    LocalConfig,
+    OptimizerConfig,
+    Shard,
+    build_optimizer,
+    initial_state,
+    set_learning_rate,
+)
 from scaletrain.errors import WorldSizeError
 
 
@@ -65,8 +74,7 @@ class LocalEngine(Engine):
         loss.backward()
 
     def step(self, learning_rate: float) -> None:
-        for group in self._optimizer.param_groups:
-            group["lr"] = learning_rate
+        set_learning_rate(self._optimizer.param_groups, learning_rate)
         self._optimizer.step()
         self.updates += 1
         self._follow_masters()

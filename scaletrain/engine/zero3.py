@@ -20,7 +20,16 @@ from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_grad, safe
 from torch import Tensor, nn
 
 from scaletrain import dist
-from scaletrain.engine.base import MOMENTS, Engine, OptimizerConfig, Shard, Zero3Config, build_optimizer, initial_state
+from scaletrain.engine.base import (
+    MOMENTS,
+    Engine,
+    OptimizerConfig,
+    Shard,
+    Zero3Config,
+    build_optimizer,
+    initial_state,
+    set_learning_rate,
+)
 from scaletrain.errors import ConfigError
 
 
@@ -61,8 +70,7 @@ class Zero3Engine(Engine):
         self._engine.backward(loss * self._world, scale_wrt_gas=False)
 
     def step(self, learning_rate: float) -> None:
-        for group in self._zero.param_groups:
-            group["lr"] = learning_rate
+        set_learning_rate(self._zero.param_groups, learning_rate)
         self._engine.step()
         self.updates += 1
 

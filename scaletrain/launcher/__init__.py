@@ -13,15 +13,28 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated, Any
 
-from scaletrain.launcher import local
+from pydantic import Discriminator, Tag
+
+from scaletrain.launcher import deepspeed, local
+from scaletrain.launcher.deepspeed import DeepspeedConfig
 from scaletrain.launcher.local import LocalConfig
 from scaletrain.launcher.plan import Job
 
-__all__ = ["Backend", "Job", "LaunchConfig", "LocalConfig", "launch"]
+__all__ = ["Backend", "DeepspeedConfig", "Job", "LaunchConfig", "LocalConfig", "launch"]
 
-# The kinds of launcher, told apart by their `name`; a second one makes this `Annotated[A | B, Field(discriminator="name")]`.
-Backend = LocalConfig
+
+def _name(backend: Any) -> Any:
+    """Settings without a name are those of the local launcher, so that `scaletrain launch backend.ranks=2` is enough."""
+    return backend.get("name", "local") if isinstance(backend, dict) else getattr(backend, "name", None)
+
+
+# The kinds of launcher, told apart by their `name`.
+Backend = Annotated[
+    Annotated[LocalConfig, Tag("local")] | Annotated[DeepspeedConfig, Tag("deepspeed")],
+    Discriminator(_name),
+]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -29,7 +42,7 @@ class LaunchConfig:
     """Where and on how many ranks a job runs."""
 
     backend: Backend = field(default_factory=LocalConfig)
-    """The launcher: ``local`` runs all ranks on this machine."""
+    """The launcher: ``local`` runs all ranks on this machine, ``deepspeed`` those of a hostfile."""
 
 
 def launch(config: LaunchConfig, arguments: Sequence[str], output: Path | None, *, dry_run: bool = False) -> int:
@@ -40,4 +53,8 @@ def launch(config: LaunchConfig, arguments: Sequence[str], output: Path | None, 
     """
     # The module by name, not the script: the interpreter of the ranks is then the one that is running now.
     job = Job(argv=(sys.executable, "-m", "scaletrain", *arguments), output=output)
-    return local.run(config.backend, job, dry_run=dry_run)
+    match config.backend:
+        case LocalConfig():
+            return local.run(config.backend, job, dry_run=dry_run)
+        case DeepspeedConfig():
+            return deepspeed.run(config.backend, job, dry_run=dry_run)

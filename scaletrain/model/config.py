@@ -35,6 +35,9 @@ LAYOUTS: dict[str, tuple[Layout, ...]] = {
 }
 """`model_type` -> layouts that keep the documents of a batch apart."""
 
+POOLED = frozenset({"bert", "roberta"})
+"""`model_type` of the encoders that have a pooler: a dense layer with tanh on the first token."""
+
 _COMMON = {
     "hidden": "hidden_size",
     "layers": "num_hidden_layers",
@@ -240,6 +243,12 @@ def dropouts(model_type: str, dropout: float | None) -> dict[str, float]:
 def position_offset(model_type: str, pad: int) -> int:
     """What is added to positions counted from 0 before they index the position table."""
     return pad + 1 if model_type == "roberta" else 0
+
+
+def max_positions(hf_config: PretrainedConfig) -> int:
+    """Longest row or document in tokens."""
+    offset = position_offset(str(hf_config.model_type), int(hf_config.pad_token_id or 0))
+    return int(hf_config.max_position_embeddings) - offset
 
 
 def check_extra(extra: dict[str, Any], model_type: str) -> None:

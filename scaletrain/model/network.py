@@ -26,7 +26,6 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from scaletrain.errors import ModelError, TokenizerError
-from scaletrain.model import attention
 from scaletrain.model.config import (
     LAYOUTS,
     Layout,
@@ -36,11 +35,10 @@ from scaletrain.model.config import (
     derive,
     dropouts,
     load_tokenizer,
-    position_offset,
 )
+from scaletrain.model.layout import Arrangement
 
-_AutoModel: Any = AutoModelForMaskedLM  # Transformers types these two only in part
-_logging: Any = transformers_logging
+_logging: Any = transformers_logging  # Transformers types it only in part
 
 PREFIX = "network."
 """In front of every parameter name; what follows is the name in plain Transformers."""
@@ -54,23 +52,16 @@ class MaskedLanguageModel(nn.Module):
 
     def __init__(self, network: PreTrainedModel, layout: Layout = "padded") -> None:
         super().__init__()
-        model_type = str(network.config.model_type)
-        if layout not in LAYOUTS[model_type]:
-            rule = f"{model_type} keeps documents apart only in: {', '.join(LAYOUTS[model_type])}"
-            raise ModelError("model.layout", layout, rule, f"Set model.layout={LAYOUTS[model_type][0]}")
+        self._arrangement = Arrangement(network, layout)
         self.network = network
         self.layout = layout
-        self._position_offset = position_offset(model_type, int(network.config.pad_token_id or 0))
         self._rows: Tensor | None = None
-        if layout == "unpadded":
-            attention.register()
-            network.set_attn_implementation(attention.NAME)
         network.base_model.register_forward_hook(self._narrow)
 
     @property
     def max_positions(self) -> int:
         """Longest row or document in tokens."""
-        return int(self.network.config.max_position_embeddings) - self._position_offset
+        return self._arrangement.max_positions
 
     def forward(
         self,
@@ -80,23 +71,11 @@ class MaskedLanguageModel(nn.Module):
         cu_seqlens: Tensor | None = None,
         rows: Tensor | None = None,
     ) -> Tensor:
-        """Logits [n_rows, vocabulary].
+        """Logits [n_rows, vocabulary], of inputs as `Arrangement.inputs` takes them.
 
-        `input_ids` [batch, length]; `attention_mask` the same, 1 for a token and 0 for padding (none: no padding; faster).
         `rows` int64 [n_rows]: indices into the flattened batch * length positions that are to be predicted (none: all).
-        Layout unpadded: `input_ids` and `position_ids` are [1, tokens], the positions counting from 0 in every document, and
-        `cu_seqlens` [documents + 1] holds the boundaries, best on the CPU. Raises ModelError for the inputs of the other layout.
         """
-        inputs: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask}
-        if position_ids is not None:
-            inputs["position_ids"] = position_ids + self._position_offset
-        if self.layout == "unpadded":
-            if cu_seqlens is None or position_ids is None or attention_mask is not None or input_ids.shape[0] != 1:
-                rule = "needs one row with position_ids and cu_seqlens, and no attention_mask"
-                raise ModelError("layout unpadded", tuple(input_ids.shape), rule, "Collate for the layout of the model")
-            inputs["documents"] = attention.Documents(cu_seqlens, tokens=input_ids.shape[1], device=input_ids.device)
-        elif cu_seqlens is not None:
-            raise ModelError("layout padded", "cu_seqlens", "must not be given", "Collate for the layout of the model")
+        inputs = self._arrangement.inputs(input_ids, attention_mask, position_ids, cu_seqlens)
         self._rows = rows
         try:
             logits: Tensor = self.network(**inputs).logits
@@ -119,17 +98,15 @@ def build(config: ModelConfig, tokenizer: TokenIds | Path | str, seed: int) -> M
     """
     tokens = tokenizer if isinstance(tokenizer, TokenIds) else TokenIds.of(tokenizer)
     network: Any
-    with _seeded(seed), quiet():
+    with seeded(seed), quiet():
         if config.pretrained is not None:
             loaded = None if isinstance(tokenizer, TokenIds) else load_tokenizer(tokenizer)
             network = _load_pretrained(config, tokens, loaded)
         else:
-            network = _from_config(derive(config, tokens), config.attention_implementation)
+            network = from_config(AutoModelForMaskedLM, derive(config, tokens), config.attention_implementation)
     model = MaskedLanguageModel(network, config.layout)
     if config.gradient_checkpointing:
-        # Transformers is renaming it. Non-reentrant: the other kind loses gradients of whatever is passed by keyword.
-        enable = getattr(network, "activation_checkpointing_enable", None) or network.gradient_checkpointing_enable
-        enable({"use_reentrant": False})
+        recompute(network)
     return model
 
 
@@ -138,9 +115,14 @@ def rebuild(hf_config: Mapping[str, Any], state: Mapping[str, Tensor], layout: L
 
     Raises ModelError if names or shapes do not fit.
     """
-    with _seeded(0), quiet():
-        values = {key: value for key, value in hf_config.items() if key not in ("model_type", "transformers_version")}
-        model = MaskedLanguageModel(_from_config(AutoConfig.for_model(str(hf_config["model_type"]), **values), "sdpa"), layout)
+    with seeded(0), quiet():
+        model = MaskedLanguageModel(from_config(AutoModelForMaskedLM, config_of(hf_config)), layout)
+    fill(model, state)
+    return model
+
+
+def fill(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Copies full weights by parameter name into the model. Raises ModelError if names or shapes do not fit."""
     expected = dict(model.named_parameters())
     if wrong := sorted(expected.keys() ^ state.keys()):
         rule = "weights and architecture must have the same parameters"
@@ -154,15 +136,34 @@ def rebuild(hf_config: Mapping[str, Any], state: Mapping[str, Tensor], layout: L
                     f"weights.{name}", tuple(state[name].shape), f"must be {tuple(parameter.shape)}", "Use this model's weights"
                 )
             parameter.copy_(state[name])
-    return model
 
 
-def _from_config(hf_config: PretrainedConfig, implementation: str) -> PreTrainedModel:
-    network = _AutoModel.from_config(
-        hf_config, attn_implementation=_implementation(hf_config, implementation), dtype=torch.float32, trust_remote_code=False
+def config_of(tree: Mapping[str, Any]) -> PretrainedConfig:
+    """The Hugging Face configuration of its plain JSON values (`hf_tree`). Raises ModelError for a model type of another kind."""
+    model_type = str(tree.get("model_type"))
+    if model_type not in LAYOUTS:
+        raise ModelError("model_type", model_type, f"must be one of {', '.join(LAYOUTS)}", "Choose a model of one of these")
+    return AutoConfig.for_model(model_type, **{k: v for k, v in tree.items() if k not in ("model_type", "transformers_version")})
+
+
+def from_config(auto: Any, hf_config: PretrainedConfig, implementation: str = "sdpa", **options: Any) -> PreTrainedModel:
+    """A network of one of Transformers' `auto` classes with new weights, in fp32."""
+    network = auto.from_config(
+        hf_config,
+        attn_implementation=_implementation(hf_config, implementation),
+        dtype=torch.float32,
+        trust_remote_code=False,
+        **options,
     )
     assert isinstance(network, PreTrainedModel)
     return network
+
+
+def recompute(network: Any) -> None:
+    """Each block is computed again in the backward pass instead of being kept."""
+    # Transformers is renaming it. Non-reentrant: the other kind loses gradients of whatever is passed by keyword.
+    enable = getattr(network, "activation_checkpointing_enable", None) or network.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
 
 
 def _implementation(hf_config: PretrainedConfig, implementation: str) -> str:
@@ -170,49 +171,73 @@ def _implementation(hf_config: PretrainedConfig, implementation: str) -> str:
     return "eager" if hf_config.model_type == "deberta-v2" else implementation
 
 
-def _load_pretrained(config: ModelConfig, tokens: TokenIds, tokenizer: PreTrainedTokenizerBase | None) -> PreTrainedModel:
-    assert config.pretrained is not None
-    source = config.pretrained
+def read_config(setting: str, source: str) -> PretrainedConfig:
+    """The configuration in a Hugging Face folder or of a hub name. Raises ModelError, which names the `setting`."""
     try:
-        hf_config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+        hf_config: PretrainedConfig = AutoConfig.from_pretrained(source, trust_remote_code=False)
     except (OSError, ValueError) as error:
         remedy = "Check the folder or the name (HF_HUB_OFFLINE keeps to what is on disk)"
-        raise ModelError("model.pretrained", source, f"no configuration can be read: {error}", remedy) from error
+        raise ModelError(setting, source, f"no configuration can be read: {error}", remedy) from error
     if hf_config.model_type not in LAYOUTS:
-        raise ModelError(
-            "model.pretrained", source, f"{hf_config.model_type} is none of {', '.join(LAYOUTS)}", "Choose one of these"
-        )
-    check_extra(config.extra, hf_config.model_type)
-    _check_tokenizer(source, hf_config, tokens, tokenizer)
+        raise ModelError(setting, source, f"{hf_config.model_type} is none of {', '.join(LAYOUTS)}", "Choose one of these")
+    return hf_config
+
+
+def load(
+    auto: Any, setting: str, source: str, hf_config: PretrainedConfig, implementation: str, **options: Any
+) -> tuple[PreTrainedModel, list[str]]:
+    """A network of one of Transformers' `auto` classes from the safetensors of `source`, in fp32, and what they do not hold.
+
+    Raises ModelError, which names the `setting`.
+    """
     try:
-        for key, value in (dropouts(hf_config.model_type, config.dropout) | config.extra).items():
-            setattr(hf_config, key, value)
-        network, loaded = _AutoModel.from_pretrained(
+        network, loaded = auto.from_pretrained(
             source,
             config=hf_config,
-            attn_implementation=_implementation(hf_config, config.attention_implementation),
+            attn_implementation=_implementation(hf_config, implementation),
             dtype=torch.float32,
             use_safetensors=True,
             trust_remote_code=False,
             output_loading_info=True,
+            **options,
         )
     except Exception as error:  # a missing file, a damaged one, a value refused: each has a type of its own, some private
-        raise ModelError(
-            "model.pretrained", source, f"does not load from its safetensors: {error}", "Convert or replace it"
-        ) from error
-    _check_loaded(source, network, sorted(loaded["missing_keys"]))
-    return network  # type: ignore[no-any-return]
+        raise ModelError(setting, source, f"does not load from its safetensors: {error}", "Convert or replace it") from error
+    return network, sorted(loaded["missing_keys"])
 
 
-def _check_tokenizer(
-    source: str, hf_config: PretrainedConfig, tokens: TokenIds, tokenizer: PreTrainedTokenizerBase | None
-) -> None:
+def _load_pretrained(config: ModelConfig, tokens: TokenIds, tokenizer: PreTrainedTokenizerBase | None) -> PreTrainedModel:
+    assert config.pretrained is not None
+    source, setting = config.pretrained, "model.pretrained"
+    hf_config = read_config(setting, source)
+    check_extra(config.extra, hf_config.model_type)
+    check_vocabulary(source, hf_config, tokens.vocab_size, tokens.pad)
+    _check_numbering(source, tokenizer)
+    for key, value in (dropouts(hf_config.model_type, config.dropout) | config.extra).items():
+        try:
+            setattr(hf_config, key, value)
+        except Exception as error:  # the strict dataclasses of Transformers raise their own types
+            raise ModelError(f"model.extra.{key}", value, f"{source} refuses it: {error}", "Correct the value") from error
+    network, missing = load(AutoModelForMaskedLM, setting, source, hf_config, config.attention_implementation)
+    if encoder := [name for name in missing if name.startswith(f"{network.base_model_prefix}.")]:
+        rule = f"{len(encoder)} weights of the encoder are missing, the first is {encoder[0]}"
+        raise ModelError(setting, source, rule, "Choose a complete model")
+    if missing:
+        warnings.warn(f"{source} has no language-model head: {len(missing)} weights of it start from random values", stacklevel=3)
+    return network
+
+
+def check_vocabulary(source: str, hf_config: PretrainedConfig, vocab_size: int, pad: int | None) -> None:
+    """Raises TokenizerError for a tokenizer whose ids the embeddings of `source` do not have, or which pads with another one."""
+    remedy = "Use the tokenizer of the pretrained model"
+    if vocab_size > hf_config.vocab_size:
+        raise TokenizerError("tokenizer", vocab_size, f"{source} has embeddings for {hf_config.vocab_size} tokens", remedy)
+    if hf_config.pad_token_id is not None and hf_config.pad_token_id != pad:
+        raise TokenizerError("tokenizer.pad_token_id", pad, f"{source} pads with {hf_config.pad_token_id}", remedy)
+
+
+def _check_numbering(source: str, tokenizer: PreTrainedTokenizerBase | None) -> None:
     """Embeddings are learned per token id: a tokenizer that numbers tokens differently would scramble them without an error."""
-    remedy = "Prepare the data with the tokenizer of the pretrained model"
-    if tokens.vocab_size > hf_config.vocab_size:
-        raise TokenizerError("tokenizer", tokens.vocab_size, f"{source} has embeddings for {hf_config.vocab_size} tokens", remedy)
-    if hf_config.pad_token_id is not None and hf_config.pad_token_id != tokens.pad:
-        raise TokenizerError("tokenizer.pad_token_id", tokens.pad, f"{source} pads with {hf_config.pad_token_id}", remedy)
     if tokenizer is None:
         return
     try:
@@ -224,19 +249,12 @@ def _check_tokenizer(
     for token in sorted(ours, key=lambda token: ours[token]):
         if theirs.get(token) != ours[token]:
             rule = f"{source} numbers the token {token!r} {theirs.get(token)}"
+            remedy = "Prepare the data with the tokenizer of the pretrained model"
             raise TokenizerError("tokenizer", f"{token!r} is {ours[token]}", rule, remedy)
 
 
-def _check_loaded(source: str, network: PreTrainedModel, missing: list[str]) -> None:
-    if encoder := [name for name in missing if name.startswith(f"{network.base_model_prefix}.")]:
-        rule = f"{len(encoder)} weights of the encoder are missing, the first is {encoder[0]}"
-        raise ModelError("model.pretrained", source, rule, "Choose a complete model")
-    if missing:
-        warnings.warn(f"{source} has no language-model head: {len(missing)} weights of it start from random values", stacklevel=4)
-
-
 @contextmanager
-def _seeded(seed: int) -> Iterator[None]:
+def seeded(seed: int) -> Iterator[None]:
     """Seeds the CPU generator for a while; `torch.manual_seed` would reach every GPU's generator as well."""
     before = torch.get_rng_state()
     torch.default_generator.manual_seed(seed)

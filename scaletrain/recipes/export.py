@@ -1,4 +1,4 @@
-"""A checkpoint of a run, as a folder that plain transformers loads."""
+"""A pretrained encoder or a classifier, as a folder that plain transformers loads."""
 
 from __future__ import annotations
 
@@ -10,20 +10,23 @@ from pydantic import Field
 
 from scaletrain import checkpoint
 from scaletrain.checkpoint import Checkpoint
-from scaletrain.errors import CheckpointError
-from scaletrain.export import export
+from scaletrain.errors import CheckpointError, ConfigError
+from scaletrain.export import export, export_classifier
+from scaletrain.model import ClassifierConfig
+from scaletrain.recipes.starting import model_folder, open_start
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ExportConfig:
-    """Which checkpoint, and where to."""
+    """Which model, and where to."""
 
     run: Path
-    """The run's folder, as `pretrain` calls it `output`."""
+    """A pretraining run, of which a checkpoint is exported with its language-model head; or a classifier: a fine-tuning run, a
+    model folder, or a lineage, which stands for its published model."""
     output: Path
     """The folder to write: new, empty, or an earlier export, which is replaced once the new one is proven."""
     step: Annotated[int, Field(ge=0)] | None = None
-    """The checkpoint of this step; empty: the newest that is whole."""
+    """Of a pretraining run: the checkpoint of this step; empty: the newest that is whole."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the weights in the folder."""
     probe_texts: Annotated[tuple[str, ...], Field(min_length=1)] = (
@@ -39,6 +42,8 @@ Config = ExportConfig
 
 def main(config: ExportConfig) -> dict[str, Any]:
     """Exports, and returns the report: the folder, its size, and the largest difference of a logit after reloading it."""
+    if (folder := model_folder(config.run)) is not None:
+        return _classifier(config, folder)
     chosen = _chosen(config)
     source = {"run": config.run.name, "step": chosen.progress.step, "files": chosen.manifest["files"]}
     report = export(
@@ -51,6 +56,25 @@ def main(config: ExportConfig) -> dict[str, Any]:
         source=source,
     )
     return {**asdict(report), "folder": str(report.folder), "step": chosen.progress.step}
+
+
+def _classifier(config: ExportConfig, folder: Path) -> dict[str, Any]:
+    if config.step is not None:
+        raise ConfigError("step", config.step, f"{config.run} has one model", "Leave it out")
+    origin = open_start(ClassifierConfig(start=str(config.run)))
+    report = export_classifier(
+        origin.classifier,
+        origin.tokenizer_folder,
+        config.output,
+        probe_texts=config.probe_texts,
+        dtype=config.dtype,
+        source={"model": folder.name if folder.name != "model" else folder.parent.name, "digest": origin.digest},
+    )
+    return {
+        **asdict(report),
+        "folder": str(report.folder),
+        "labels": sum(len(block.labels) for block in origin.classifier.head.blocks),
+    }
 
 
 def _chosen(config: ExportConfig) -> Checkpoint:

@@ -154,7 +154,8 @@ class Run:
             return
         task = self._held_out.task(self.task)
         with self._held_out.loader(task) as loader:
-            self.writers.evaluation(step, evaluate(self.engine, task, loader.batches(), self._held_out.samples))
+            table = evaluate(self.engine, task, loader.batches(), self._held_out.samples)
+        self.writers.evaluation(step, task.summary(table))
 
     def save(self, step: int) -> None:
         self.writers.flush()  # what a checkpoint stands for must not be lost after it

@@ -8,7 +8,6 @@ the terms.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
@@ -17,19 +16,6 @@ from torch import Tensor
 
 from scaletrain.data.collate import Slot
 from scaletrain.data.plan import Picks
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Scores:
-    """Per sample of a slot, in its order: summed loss (float64), number of predictions and of correct ones (int64); all
-    [samples].
-
-    Kept per sample, so that a data set is scored once from the whole, alike on any number of ranks.
-    """
-
-    loss: NDArray[np.float64]
-    counts: NDArray[np.int64]
-    correct: NDArray[np.int64]
 
 
 class Task(Protocol):
@@ -49,5 +35,12 @@ class Task(Protocol):
     def terms(self, outputs: Tensor, slot: Slot) -> dict[str, Tensor]:
         """Term of the loss -> its sum over the slot, an fp32 scalar with a graph to every module, also where its count is 0."""
 
-    def score(self, outputs: Tensor, slot: Slot) -> Scores:
-        """What evaluation keeps of a slot."""
+    @property
+    def columns(self) -> int:
+        """How many numbers evaluation keeps of a sample."""
+
+    def score(self, outputs: Tensor, slot: Slot) -> NDArray[np.float64]:
+        """What evaluation keeps of each sample of a slot, in its order: [samples, columns]."""
+
+    def summary(self, table: NDArray[np.float64]) -> dict[str, float]:
+        """Scores of a data set by their names, computed once from the rows of all its samples: [samples, columns]."""

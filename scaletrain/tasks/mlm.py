@@ -5,6 +5,7 @@ The head runs on the chosen tokens only. Masks are keyed by the chunk, so what i
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated
@@ -21,8 +22,7 @@ from scaletrain.data.masking import MaskRule, chunk_keys, mask
 from scaletrain.data.plan import Picks
 from scaletrain.data.slots import Dealing
 from scaletrain.data.tokenizer import Vocabulary
-from scaletrain.errors import ConfigError
-from scaletrain.tasks import Scores
+from scaletrain.errors import ConfigError, CorpusError
 
 TERM = "mlm"
 
@@ -99,20 +99,28 @@ class MaskedLanguageModelling:
         total = functional.cross_entropy(outputs.float(), labels, reduction="sum")
         return {TERM: total if slot.counts[TERM] else total * 0.0}
 
-    def score(self, outputs: Tensor, slot: Slot) -> Scores:
-        """Cross entropy, number of chosen tokens, and how many of them the largest logit names, for each chunk."""
-        samples = len(slot.samples)
+    columns = 3
+
+    def score(self, outputs: Tensor, slot: Slot) -> NDArray[np.float64]:
+        """Per chunk: summed cross entropy, number of chosen tokens, and how many of them the largest logit names."""
+        table = np.zeros((len(slot.samples), self.columns))
         if not slot.counts[TERM]:
-            return Scores(np.zeros(samples), np.zeros(samples, np.int64), np.zeros(samples, np.int64))
+            return table
         labels = slot.targets["labels"].to(outputs.device)
         losses = functional.cross_entropy(outputs.float(), labels, reduction="none").double().cpu().numpy()
         correct = (outputs.argmax(dim=-1) == labels).cpu().numpy()
-        chunk = slot.targets["chunk_of_row"].numpy()
-        return Scores(
-            loss=np.bincount(chunk, weights=losses, minlength=samples).astype(np.float64),
-            counts=np.bincount(chunk, minlength=samples),
-            correct=np.bincount(chunk[correct], minlength=samples),
-        )
+        np.add.at(table, slot.targets["chunk_of_row"].numpy(), np.column_stack([losses, np.ones(len(losses)), correct]))
+        return table
+
+    def summary(self, table: NDArray[np.float64]) -> dict[str, float]:
+        """``loss`` (mean over predictions, in nats), ``perplexity`` and ``accuracy``. CorpusError if nothing was hidden."""
+        loss, predictions, correct = (math.fsum(column) for column in table.T)
+        if not predictions:
+            rule = "nothing in it is to be predicted, so there is no loss to speak of"
+            remedy = "Hold out more text, or set evaluation.every_steps=0."
+            raise CorpusError("the held-out text", f"{len(table)} samples", rule, remedy)
+        mean = loss / predictions
+        return {"loss": mean, "perplexity": math.exp(min(mean, 700.0)), "accuracy": correct / predictions}
 
     def _masked_at(self, rate: float) -> MaskRule:
         known = self._vocabulary

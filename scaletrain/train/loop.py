@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from scaletrain.data.loader import Batch
-from scaletrain.engine import Engine
+from scaletrain.engine import Engine, Shard
 from scaletrain.errors import DivergedError
 from scaletrain.train.control import StopRequest
 from scaletrain.train.metrics import Meter, StepRecord, StepTotals
@@ -31,6 +31,17 @@ class Learner(Protocol):
         """Term -> scalar sum over the slot; divided later by the term's count over the whole step."""
 
 
+class Penalty(Protocol):
+    """A part of the loss that is a function of the weights alone: it is added on the shards, without a gather or a graph."""
+
+    @property
+    def name(self) -> str:
+        """Under which its value is recorded, beside the terms of the task."""
+
+    def apply(self, shards: Iterable[Shard]) -> Tensor:
+        """Adds its gradient to the shards' in place; returns this rank's part of its value, a float64 scalar."""
+
+
 def train(
     engine: Engine,
     task: Learner,
@@ -39,6 +50,7 @@ def train(
     max_norm: float | None,
     stop: StopRequest,
     meter: Meter,
+    penalties: Sequence[Penalty] = (),
 ) -> Iterator[StepRecord]:
     """One record per step taken; ends with the batches, or after the step in which any rank was asked to stop (``stop.agreed``).
 
@@ -56,9 +68,11 @@ def train(
             terms = task.terms(engine.forward(slot), slot)
             engine.backward(torch.stack([task.weights[t] * terms[t] / max(1.0, totals[f"count {t}"]) for t in names]).sum())
             sums += torch.stack([terms[t].detach() for t in names]).double()
-        norm, sums = engine.clip(max_norm, sums)
-        losses = {t: float(value) / max(1.0, totals[f"count {t}"]) for t, value in zip(names, sums, strict=True)}
-        loss = sum(task.weights[t] * losses[t] for t in names)
+        values = [penalty.apply(engine.shards()).reshape(1).to(sums) for penalty in penalties]
+        norm, sums = engine.clip(max_norm, torch.cat([sums, *values]))
+        losses = {t: float(value) / max(1.0, totals[f"count {t}"]) for t, value in zip(names, sums, strict=False)}
+        added = {penalty.name: float(value) for penalty, value in zip(penalties, sums[len(names) :], strict=True)}
+        loss = sum(task.weights[t] * losses[t] for t in names) + sum(added.values())
         if not (math.isfinite(norm) and math.isfinite(loss)):
             raise DivergedError(
                 f"step {batch.step + 1}: loss {loss}, gradient norm {norm}; the weights of the step before were kept. "
@@ -76,7 +90,7 @@ def train(
                 filler_share=batch.fillers / totals["slots"],
             ),
             loss=loss,
-            terms=losses,
+            terms=losses | added,
             learning_rate=rate,
             gradient_norm=norm,
             wait_s=batch.wait_s,

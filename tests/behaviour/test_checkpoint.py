@@ -100,6 +100,20 @@ def test_every_file_is_named_with_its_digest_and_every_element_is_there_once(sav
     assert shapes == {name: list(p.shape) for name, p in [*model.named_parameters(), *model.named_buffers()]}
 
 
+def keep_the_best(folder: str, protected: list[int]) -> None:
+    made = toy.make("local")
+    for step in range(5):
+        list(toy.steps(made, step, step + 1))
+        progress = Progress(step + 1, {"phase": 0, "samples": step + 1}, IDENTITY)
+        checkpoint.save(Path(folder), made, progress, keep=1, protected=protected if step else ())
+
+
+def test_a_protected_step_is_kept_whatever_its_age(tmp_path: Path) -> None:
+    """Step 1 falls to retention before anyone protects it, step 2 never does."""
+    ranks.run(keep_the_best, 1, {"folder": str(tmp_path), "protected": [2]})
+    assert sorted(path.name for path in tmp_path.glob("step-*")) == ["step-00000002", "step-00000005"]
+
+
 @pytest.mark.parametrize("damage", ["cut", "flipped", "missing", "manifest cut", "manifest missing", "manifest edited"])
 def test_a_damaged_newest_is_passed_over_for_the_one_before(copy: Path, damage: str) -> None:
     newest = copy / "step-00000004"
@@ -177,3 +191,120 @@ def test_a_checkpoint_of_something_else_is_refused_by_name(copy: Path) -> None:
         assert toy.digest(made) == before
     finally:
         dist.stop()
+
+
+# ------------------------------------------------------------------------------------------------------------ further pieces
+
+SHAPES = {"embedding.weight": (7, 5), "bias": (3,), "scale": ()}
+
+
+def value_of(name: str, shape: tuple[int, ...]) -> torch.Tensor:
+    """Of the whole, flat."""
+    size = int(torch.Size(shape).numel())
+    return torch.linspace(-1, 1, size) ** 3 + len(name)
+
+
+def piece_of(name: str, shape: tuple[int, ...], filled: bool) -> checkpoint.Piece:
+    """Of this rank: as ZeRO-3 cuts it, so that of three elements four ranks hold one each, and the last rank nothing."""
+    whole = value_of(name, shape)
+    size = -(-len(whole) // dist.world())
+    own = whole[dist.rank() * size : (dist.rank() + 1) * size]
+    return checkpoint.Piece(shape, min(dist.rank() * size, len(whole)), own.clone() if filled else torch.full_like(own, 9))
+
+
+def write_state(folder: str) -> Any:
+    dist.start(toy.CPU)
+    return checkpoint.write_state(Path(folder), "fisher", {n: piece_of(n, shape, True) for n, shape in SHAPES.items()})
+
+
+def read_state(folder: str, names: list[str]) -> dict[str, list[Any]]:
+    dist.start(toy.CPU)
+    pieces = {name: piece_of(name, SHAPES[name], False) for name in names}
+    checkpoint.read_state(Path(folder), "fisher", pieces)
+    return {name: [piece.start, piece.values.tolist()] for name, piece in pieces.items()}
+
+
+@pytest.mark.parametrize(("before", "after"), [(2, 3), (4, 1), (1, 4), (3, 2)])
+def test_pieces_of_any_world_size_are_read_at_any_other(tmp_path: Path, before: int, after: int) -> None:
+    """To the bit, with every file in the entries that each rank gets."""
+    entries = ranks.run(write_state, before, {"folder": str(tmp_path)})
+    assert entries == [entries[0]] * before
+    assert [entry["bytes"] for entry in entries[0]] == [
+        (tmp_path / "fisher" / f"state-0000{rank}-of-0000{before}.safetensors").stat().st_size for rank in range(before)
+    ]
+    assert checkpoint.state_shapes(tmp_path, "fisher") == SHAPES
+    found = toy.whole(ranks.run(read_state, after, {"folder": str(tmp_path), "names": list(SHAPES)}))
+    assert all(torch.equal(found[name], value_of(name, shape)) for name, shape in SHAPES.items())
+
+
+def test_a_state_that_is_written_again_replaces_the_one_before(tmp_path: Path) -> None:
+    """As after a kill between the two; leftovers of the kill are swept."""
+    ranks.run(write_state, 2, {"folder": str(tmp_path)})
+    (tmp_path / ".fisher.partial").mkdir()
+    ranks.run(write_state, 1, {"folder": str(tmp_path)})
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["fisher"]
+    assert sorted(path.name for path in (tmp_path / "fisher").iterdir()) == ["MANIFEST.json", "state-00000-of-00001.safetensors"]
+
+
+@pytest.mark.parametrize("file", ["state-00000-of-00002.safetensors", "state-00001-of-00002.safetensors", "MANIFEST.json"])
+@pytest.mark.parametrize("damage", ["flipped", "missing"])
+def test_a_damaged_state_is_read_by_no_rank(tmp_path: Path, file: str, damage: str) -> None:
+    """Whichever file it is; a damaged manifest is not taken for a state that was never written."""
+    ranks.run(write_state, 2, {"folder": str(tmp_path)})
+    data = bytearray((tmp_path / "fisher" / file).read_bytes())
+    data[-3] ^= 1
+    (tmp_path / "fisher" / file).unlink()
+    if damage == "flipped":
+        (tmp_path / "fisher" / file).write_bytes(data)
+    outcomes = ranks.attempt(read_state, 2, {"folder": str(tmp_path), "names": list(SHAPES)})
+    assert [(outcome["type"], outcome["exit_code"]) for outcome in outcomes] == [("CheckpointError", 65)] * 2
+    if file == "MANIFEST.json":
+        with pytest.raises(CheckpointError, match="the manifest cannot be read"):
+            checkpoint.state_shapes(tmp_path, "fisher")
+    assert checkpoint.state_shapes(tmp_path, "importance") == {}
+
+
+def test_a_name_or_a_shape_that_was_not_written_is_refused_before_anything_is_filled(tmp_path: Path) -> None:
+    write_state(str(tmp_path))
+    try:
+        for wrong in ("head.weight", "bias"):
+            target = torch.full((4,), 9.0)
+            known = piece_of("scale", (), False)
+            with pytest.raises(CheckpointError, match=f"parameter {wrong}"):
+                checkpoint.read_state(tmp_path, "fisher", {"scale": known, wrong: checkpoint.Piece((4,), 0, target)})
+            assert known.values.tolist() == [9.0] and target.tolist() == [9.0] * 4
+    finally:
+        dist.stop()
+
+
+def two_names(folder: str) -> None:
+    dist.start(toy.CPU)
+    name = f"of rank {dist.rank()}"
+    checkpoint.write_state(Path(folder), "fisher", {name: checkpoint.Piece((1,), 0, torch.ones(1))})
+
+
+def test_ranks_that_would_write_different_names_write_nothing(tmp_path: Path) -> None:
+    outcomes = ranks.attempt(two_names, 2, {"folder": str(tmp_path)})
+    assert all("do not agree on the names and shapes of fisher" in outcome["error"] for outcome in outcomes)
+    assert list(tmp_path.iterdir()) == []
+
+
+def weights_here(folder: str) -> str:
+    """On each rank by itself."""
+    dist.start(toy.CPU)
+    try:
+        checkpoint.weights(checkpoint.find(Path(folder))[0])
+    except CheckpointError as error:
+        return str(error.value)
+    return "whole"
+
+
+def test_whole_weights_are_verified_whole_by_every_process(copy: Path) -> None:
+    """Also where several ranks read them: none may start from a file that only another one would have checked."""
+    file = copy / "step-00000004" / "state-00001-of-00002.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-3] ^= 1
+    file.write_bytes(data)
+    assert (
+        ranks.run(weights_here, 2, {"folder": str(copy)}) == [f"{file.name} does not have the SHA-256 that the manifest says"] * 2
+    )

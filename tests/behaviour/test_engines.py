@@ -82,6 +82,83 @@ def test_bf16_leaves_rotary_frequencies_in_fp32_on_both_engines() -> None:
     assert ranks.run(rotary, 2, {"name": "zero3"}) == [plain, plain]
 
 
+RATE = 1e-2
+FACTORS = {"first": 0.0, "second": 5.0}
+"""Of a head's learning rate relative to the rest's, by its name; ``first`` has only its bias, its weight is the embedding."""
+
+
+def groups_with_factors(model: toy.Toy) -> list[dict[str, Any]]:
+    """One group for what follows the step's rate, and one per head."""
+    heads = {name: list(getattr(model, name).named_parameters()) for name in FACTORS}
+    own = {name: [p for _, p in found if p is not model.embedding.weight] for name, found in heads.items()}
+    taken = {id(p) for found in own.values() for p in found}
+    rest = [p for p in model.parameters() if id(p) not in taken]
+    return [{"params": rest}, *({"params": own[name], "lr_factor": factor} for name, factor in FACTORS.items())]
+
+
+def train_with_factors(name: str) -> dict[str, Any]:
+    dist.start(toy.CPU)
+    model = toy.model()
+    config = LocalConfig() if name == "local" else Zero3Config(persistence_threshold=60)
+    made = create(config, model, groups_with_factors(model), OptimizerConfig(weight_decay=0.1), toy.CPU)
+    list(toy.steps(made, 0, 6))
+    return toy.pieces(made)
+
+
+@pytest.mark.parametrize(("name", "world"), [("local", 1), ("zero3", 1), ("zero3", 2)])
+def test_a_group_with_a_factor_learns_at_that_times_the_rate(name: str, world: int) -> None:
+    """Six steps against torch's own AdamW with a rate per group; the factor 0 leaves its bias as it was made."""
+    reference = toy.model()
+    groups = [{**group, "lr": RATE * group.pop("lr_factor", 1.0)} for group in groups_with_factors(reference)]
+    settings = OptimizerConfig()
+    optimizer = torch.optim.AdamW(groups, betas=settings.betas, eps=settings.epsilon, weight_decay=0.1)
+    for step in range(6):
+        items = [toy.slot(step, number, head) for number, head in enumerate(toy.heads_by_slot(step))]
+        optimizer.zero_grad()
+        for item in items:
+            torch.manual_seed(item.seed)
+            (toy.loss(reference(**item.inputs), item) / sum(item.count for item in items)).backward()
+        for parameter in reference.parameters():  # the engines step where there is no gradient: decay, and moments that fade
+            parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        torch.nn.utils.clip_grad_norm_(reference.parameters(), 0.5)
+        optimizer.step()
+    expected = {key: parameter.detach().flatten() for key, parameter in reference.named_parameters()}
+    weights = toy.whole(ranks.run(train_with_factors, world, {"name": name}))
+    assert toy.furthest(expected, weights) < 1e-5
+    assert torch.equal(weights["first.bias"], toy.model().first.bias.detach())
+    assert not torch.equal(weights["second.bias"], toy.model().second.bias.detach())
+
+
+def gradients_without_dropout(name: str) -> dict[str, Any]:
+    made = toy.make(name)
+    list(toy.steps(made, 0, 1))
+    item = toy.slot(3, 1)
+    made.gradients([item], toy.loss, torch.square, dropout=False)
+    first = toy.pieces(made, lambda shard: shard.gradient)
+    weights = toy.pieces(made)
+    losses = list(toy.steps(made, 1, 3))
+    return {"gradient": first, "weights": weights, "losses": losses, "training": made._model.training}
+
+
+@pytest.mark.parametrize(("name", "world"), [("local", 1), ("zero3", 1), ("zero3", 2)])
+def test_a_gradient_pass_without_dropout_is_of_the_evaluated_function_and_training_keeps_it(name: str, world: int) -> None:
+    """Against autograd of the module in evaluation mode; later losses are those of a run that never made the pass."""
+    results = ranks.run(gradients_without_dropout, world, {"name": name})
+    weights = toy.whole([result["weights"] for result in results])
+    reference, item = toy.model().eval(), toy.slot(3, 1)
+    with torch.no_grad():
+        for key, parameter in reference.named_parameters():
+            parameter.copy_(weights[key].view_as(parameter))
+    toy.loss(reference(**item.inputs), item).backward()
+    for key, value in toy.whole([result["gradient"] for result in results]).items():
+        expected = dict(reference.named_parameters())[key].grad
+        square = torch.zeros_like(value) if expected is None else expected.flatten().square() * world  # every rank ran the slot
+        torch.testing.assert_close(value, square, rtol=1e-4, atol=1e-6)
+    losses = ranks.run(train_twenty_steps, world, {"name": name})[0]["losses"][1:3]
+    assert [result["losses"] for result in results] == [losses] * world
+    assert all(result["training"] for result in results)
+
+
 def sum_of_squares(name: str) -> dict[str, Any]:
     made = toy.make(name)
     list(toy.steps(made, 0, 1))

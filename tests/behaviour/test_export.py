@@ -89,11 +89,11 @@ def write(run: Path, output: Path, **changes: Any) -> dict[str, Any]:
     return export.main(decode(export.Config, {"run": str(run), "output": str(output), "probe_texts": TEXTS, **changes}))
 
 
-def reload_here(folder: Path, texts: Sequence[str], max_positions: int) -> list[Tensor]:
+def reload_here(folder: Path, claim: exporting.proof.Claim) -> list[Tensor]:
     """What the export's own process does, without the seconds that it takes to start one for every folder."""
     tokenizer: Any = AutoTokenizer.from_pretrained(folder)
     network: Any = AutoModelForMaskedLM.from_pretrained(folder, dtype=torch.float32).eval()
-    encoded = [tokenizer(text, return_tensors="pt", truncation=True, max_length=max_positions) for text in texts]
+    encoded = [tokenizer(text, return_tensors="pt", truncation=True, max_length=claim.max_positions) for text in claim.texts]
     with torch.no_grad():
         return [network(**one).logits[0] for one in encoded]
 
@@ -128,7 +128,7 @@ def exported(runs: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
     """Architecture -> logits by plain Transformers, and what the export reported."""
     folder = tmp_path_factory.mktemp("exports")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(exporting, "_reload", reload_here)
+        patch.setattr(exporting.proof, "reload", reload_here)
         reports = [write(runs / architecture, folder / architecture) for architecture in ARCHITECTURES]
     logits = plain([folder / architecture for architecture in ARCHITECTURES], folder / "answer")
     return dict(zip(ARCHITECTURES, zip(logits, reports, strict=True), strict=True))

@@ -25,6 +25,14 @@ ROOT = Path(__file__).resolve().parents[2]
 VERBS = {
     "prepare": {"fresh"},
     "pretrain": {"fresh"},
+    "finetune": {"fresh"},
+    "evaluate": set(),
+    "predict": set(),
+    "continual": {"retry"},
+    "onboard": {"retry"},
+    "history": set(),
+    "rollback": set(),
+    "report": set(),
     "export": set(),
     "quickstart": set(),
 }
@@ -47,7 +55,9 @@ def test_the_verbs_and_their_permissions() -> None:
 
 
 def test_the_verbs_that_run_on_several_ranks() -> None:
-    assert {name for name, verb in cli.VERBS.items() if verb.ranks} == {"pretrain"}
+    assert {name for name, verb in cli.VERBS.items() if verb.ranks} == {
+        *("pretrain", "finetune", "evaluate", "continual", "onboard")
+    }
 
 
 @pytest.mark.parametrize("verb", VERBS)

@@ -23,6 +23,8 @@ EXIT_CODES = {
     "RequeueError": 75,
     "PeerLostError": 76,
     "RoundsError": 70,
+    "RefusedError": 77,
+    "UndecidedError": 78,
 }
 
 

@@ -18,7 +18,7 @@ ROWS = (
     {"config", "dist"},
     {"engine", "data", "model"},
     {"checkpoint"},
-    {"train", "tasks", "export", "launcher"},
+    {"train", "tasks", "export", "launcher", "report"},
     {"continual"},
     {"recipes"},
     {"cli"},

@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -65,11 +64,11 @@ def run(model: MaskedLanguageModel, tokenizer_folder: Path, output: Path, **sett
     return export(weights(model), hf_config, tokenizer_folder, output, **{"probe_texts": TEXTS, **settings})
 
 
-def reload_here(folder: Path, texts: Sequence[str], max_positions: int) -> list[Tensor]:
-    """What `_reload` does, without the seconds that a process of its own takes."""
+def reload_here(folder: Path, claim: exporting.proof.Claim) -> list[Tensor]:
+    """What `reload` does, without the seconds that a process of its own takes."""
     tokenizer: Any = AutoTokenizer.from_pretrained(folder)
     network: Any = AutoModelForMaskedLM.from_pretrained(folder, dtype=torch.float32)
-    encoded = [tokenizer(text, return_tensors="pt", truncation=True, max_length=max_positions) for text in texts]
+    encoded = [tokenizer(text, return_tensors="pt", truncation=True, max_length=claim.max_positions) for text in claim.texts]
     with torch.no_grad():
         return [network(**one).logits[0] for one in encoded]
 
@@ -77,7 +76,7 @@ def reload_here(folder: Path, texts: Sequence[str], max_positions: int) -> list[
 @pytest.fixture
 def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """For claims that are not about the process that reloads."""
-    monkeypatch.setattr(exporting, "_reload", reload_here)
+    monkeypatch.setattr(exporting.proof, "reload", reload_here)
 
 
 PLAIN = """
@@ -132,14 +131,14 @@ def test_the_exporter_reloads_in_a_process_of_its_own(
 def test_a_folder_that_does_not_load_exports_nothing(tokenizer_folder: Path, tmp_path: Path) -> None:
     """The error carries what the other process said."""
     model = trained(tokenizer_folder)
-    write = exporting._write
+    write = exporting.masked._write
 
     def write_without_a_config(*arguments: Any) -> None:
         write(*arguments)
         (arguments[2] / "config.json").write_text("{}")
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(exporting, "_write", write_without_a_config)
+        patch.setattr(exporting.masked, "_write", write_without_a_config)
         with pytest.raises(ScaletrainError, match=r"(?s)does not load in a process of its own \(exit 1\).*Unrecognized model"):
             run(model, tokenizer_folder, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
@@ -187,14 +186,14 @@ def test_a_reload_that_differs_exports_nothing(
     """One written weight is off by 0.01: the older export stays, nothing lies about."""
     model = trained(tokenizer_folder)
     run(model, tokenizer_folder, tmp_path / "out", source={"step": 10})
-    write = exporting._write
+    write = exporting.masked._write
 
     def write_another(damaged: MaskedLanguageModel, *rest: Any) -> None:
         with torch.no_grad():
             damaged.network.get_output_embeddings().bias[7] += 0.01  # type: ignore[no-untyped-call]
         write(damaged, *rest)
 
-    monkeypatch.setattr(exporting, "_write", write_another)
+    monkeypatch.setattr(exporting.masked, "_write", write_another)
     with pytest.raises(ScaletrainError, match=r"differ by 0\.0\d+ after reloading"):
         run(model, tokenizer_folder, tmp_path / "out", source={"step": 20})
     assert json.loads((tmp_path / "out" / MARKER).read_text())["source"] == {"step": 10}
@@ -247,7 +246,7 @@ def test_a_disk_that_refuses_is_a_storage_error(
     def full(_path: Path) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(exporting.durable, "sync", full)
+    monkeypatch.setattr(exporting.proof.durable, "sync", full)
     with pytest.raises(StorageError, match="No space left on device"):
         run(trained(tokenizer_folder), tokenizer_folder, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []

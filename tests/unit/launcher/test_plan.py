@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from scaletrain import launcher
-from scaletrain.launcher import LaunchConfig, LocalConfig
-from scaletrain.launcher.plan import on_one_node
+from scaletrain import config, launcher
+from scaletrain.launcher import DeepspeedConfig, LaunchConfig, LocalConfig
+from scaletrain.launcher.plan import LaunchPlan, Process, on_nodes, on_one_node
 
 ARGV = ("python", "-m", "scaletrain", "pretrain", "--config", "a b.yaml")
 
@@ -54,8 +54,8 @@ def test_a_dry_run_prints_the_plan_and_touches_nothing(
     monkeypatch.setattr("os.sched_getaffinity", lambda process: set(range(8)))
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     (tmp_path / "exit.json").write_text('{"code": 3}')
-    config = LaunchConfig(backend=LocalConfig(ranks=2, port=77))
-    assert launcher.launch(config, ["pretrain", "--config", "x.yaml"], tmp_path, dry_run=True) == 0
+    settings = LaunchConfig(backend=LocalConfig(ranks=2, port=77))
+    assert launcher.launch(settings, ["pretrain", "--config", "x.yaml"], tmp_path, dry_run=True) == 0
     shown = capsys.readouterr().out.splitlines()
     assert [line for line in shown if line.startswith("#")] == ["# rank 0 on localhost", "# rank 1 on localhost"]
     assert all(
@@ -63,3 +63,41 @@ def test_a_dry_run_prints_the_plan_and_touches_nothing(
         for line in shown[1::2]
     )
     assert (tmp_path / "exit.json").read_text() == '{"code": 3}'
+
+
+def test_ranks_are_counted_through_the_nodes_in_their_order() -> None:
+    plan = on_nodes(ARGV, {"b": 2, "a": 1}, "10.0.0.1", 7, {"X": "1"})
+    numbers = [
+        (process.node, process.rank, *(process.env[name] for name in ("RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE")))
+        for process in plan.processes
+    ]
+    assert numbers == [("b", 0, "0", "0", "2"), ("b", 1, "1", "1", "2"), ("a", 2, "2", "0", "1")]
+    shared = {"WORLD_SIZE": "3", "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "7", "X": "1"}
+    assert all({name: process.env[name] for name in shared} == shared for process in plan.processes)
+
+
+def test_what_all_share_cannot_make_a_rank_another_one() -> None:
+    shared = {"RANK": "9", "MASTER_PORT": "9", "WORLD_SIZE": "9"}
+    assert on_nodes(ARGV, {"a": 1}, "x", 7, shared) == on_nodes(ARGV, {"a": 1}, "x", 7, {})
+
+
+def test_the_ranks_of_a_node_are_shown_under_what_carries_them_there() -> None:
+    ranks = [Process("a", 0, ("run",), {"RANK": "0"}), Process("a", 1, ("run",), {}), Process("b", 2, ("run",), {})]
+    carriers = (Process("a", 0, ("ssh", "a"), {}), Process("b", 1, ("ssh", "b", "c d"), {"X": "y z"}))
+    assert LaunchPlan(tuple(ranks), carriers).text().splitlines() == [
+        "# to a",
+        "ssh a",
+        "# rank 0 on a",
+        "RANK=0 run",
+        "# rank 1 on a",
+        "run",
+        "# to b",
+        "X='y z' ssh b 'c d'",
+        "# rank 2 on b",
+        "run",
+    ]
+
+
+@pytest.mark.parametrize(("tree", "kind"), [({"ranks": 2}, LocalConfig), ({"name": "deepspeed", "hostfile": "x"}, DeepspeedConfig)])
+def test_a_backend_without_a_name_is_the_local_one(tree: dict[str, object], kind: type) -> None:
+    assert isinstance(config.decode(LaunchConfig, {"backend": tree}).backend, kind)

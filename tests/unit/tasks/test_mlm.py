@@ -127,18 +127,19 @@ def test_scores_are_kept_per_sample_and_agree_with_the_terms() -> None:
     logits[::2].scatter_(1, slot.targets["labels"][::2, None], 50.0)
     scores = task().score(logits, slot)
     rows = slot.targets["chunk_of_row"]
-    assert scores.loss.dtype == np.float64
-    assert scores.counts.tolist() == [int((rows == chunk).sum()) for chunk in range(4)]
-    assert scores.loss.sum() == pytest.approx(float(task().terms(logits, slot)["mlm"]), rel=1e-6)
+    losses, counts, correct = scores.T
+    assert scores.dtype == np.float64
+    assert counts.tolist() == [int((rows == chunk).sum()) for chunk in range(4)]
+    assert losses.sum() == pytest.approx(float(task().terms(logits, slot)["mlm"]), rel=1e-6)
     right = logits.argmax(1) == slot.targets["labels"]
-    assert scores.correct.tolist() == [int(right[rows == chunk].sum()) for chunk in range(4)]
-    assert scores.correct.sum() >= slot.counts["mlm"] // 2
+    assert correct.tolist() == [int(right[rows == chunk].sum()) for chunk in range(4)]
+    assert correct.sum() >= slot.counts["mlm"] // 2
 
 
 def test_a_dummy_slot_scores_nothing_for_each_of_its_samples() -> None:
     slot = task().collate(0, 0, picks([0]), [np.array([100], np.int32)])
     scores = task().score(torch.randn(1, 300), slot)
-    assert [part.tolist() for part in (scores.loss, scores.counts, scores.correct)] == [[0.0], [0], [0]]
+    assert scores.tolist() == [[0.0, 0.0, 0.0]]
 
 
 def test_tokens_are_counted_with_and_without_padding() -> None:

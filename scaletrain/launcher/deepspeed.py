@@ -1,0 +1,182 @@
+"""Ranks on the hosts of a DeepSpeed hostfile, through ssh or pdsh.
+
+Hostfile and transports are those of the ``deepspeed`` command, and the ranks get the variables that it would give them. What is
+started on a node is our own `node`, not ``deepspeed.launcher.launch``: that one dies of SIGUSR1, or with its connection, and
+leaves its ranks behind; it may end with 0 when it was killed; and what cleans up after it is ``pkill -f``, on anybody's jobs.
+
+Two things are asked of the nodes: the same paths (Python, scaletrain, the working folder), and one file system under the run
+folder, where rank 0 records how the job ended. Both are looked at before anything starts.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import secrets
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from scaletrain.errors import ConfigError, StorageError
+from scaletrain.launcher import hostfile, transport
+from scaletrain.launcher.group import signals_to
+from scaletrain.launcher.hostfile import Host
+from scaletrain.launcher.node import PassOn, RunRanks, Sight
+from scaletrain.launcher.nodes import ANSWER_S, Nodes
+from scaletrain.launcher.outcome import forget, outcome
+from scaletrain.launcher.plan import Job, LaunchPlan, Process, on_nodes
+from scaletrain.launcher.transport import Transport
+
+Address = Annotated[str, Field(pattern="^[A-Za-z0-9]([A-Za-z0-9._:-]*[A-Za-z0-9])?$")]
+Interface = Annotated[str, Field(pattern="^[A-Za-z0-9][A-Za-z0-9._:-]{0,14}$")]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DeepspeedConfig:
+    """Ranks on the hosts of a hostfile, which must share the paths of this machine and the file system of the run folder."""
+
+    name: Literal["deepspeed"] = "deepspeed"
+    """This launcher."""
+    hostfile: Path
+    """One ``host slots=N`` per line; N is the number of ranks on that host (on GPUs, one each). The first host has rank 0."""
+    include: tuple[str, ...] = ()
+    """Hosts of the hostfile to use; none means all."""
+    exclude: tuple[str, ...] = ()
+    """Hosts of the hostfile to leave out."""
+    transport: Literal["ssh", "pdsh"] = "ssh"
+    """How a host is reached, without a password; pdsh is used with ssh."""
+    ssh_port: Annotated[int, Field(ge=1, le=65535)] | None = None
+    """Where sshd listens; null leaves it to the ssh configuration."""
+    ssh_config: Path | None = None
+    """A configuration file for ssh in the place of the user's and the system's."""
+    master_addr: Address | None = None
+    """Where the ranks meet: an address of the first host; null takes the one at which ssh reaches it."""
+    port: Annotated[int, Field(ge=0, le=65535)] = 0
+    """The port at which they meet; 0 picks one that is free on the first host."""
+    interface: Interface | None = None
+    """The network interface of gloo and NCCL on every host; null: gloo has the one that leads to the first host, NCCL chooses."""
+    environment: tuple[str, ...] = ()
+    """Names of further variables to carry to the hosts: beyond some of NCCL, gloo, OpenMP, Hugging Face and Python. No secrets."""
+    start_timeout_s: Annotated[float, Field(gt=0)] = 60.0
+    """Seconds that a host has to answer before the job starts; of these, ten to be reached."""
+    grace_s: Annotated[float, Field(ge=0)] = 30.0
+    """Seconds that the ranks have to save and stop after SIGTERM, SIGINT or SIGUSR1, before they are killed."""
+    peer_grace_s: Annotated[float, Field(ge=0)] = 10.0
+    """Seconds that the other ranks of a host, and then the other hosts, have to notice a failed one, before they are killed."""
+    logs: Path | None = None
+    """Folder for the output of ranks above 0, one file each; without one only the last lines of a failed rank are shown."""
+
+
+@dataclass(frozen=True, slots=True)
+class Meeting:
+    """What tells one job from others: its name on the nodes, and where its ranks meet."""
+
+    job: str
+    address: str
+    port: int
+
+
+def run(config: DeepspeedConfig, job: Job, *, dry_run: bool = False) -> int:
+    """Start the ranks, wait for them, answer with the job's exit code. Raises ConfigError and StorageError."""
+    hosts = hostfile.select(hostfile.read(config.hostfile), config.include, config.exclude)
+    way = way_to_nodes(config)
+    meeting = Meeting("dry-run", config.master_addr or hosts[0].name, config.port)
+    if dry_run:
+        if not (config.master_addr and config.port):
+            print(f"# MASTER_ADDR and MASTER_PORT, where they are not set, are asked of {hosts[0].name} when the job starts.")
+        print(plan(config, hosts, job, way, meeting).text())
+        return 0
+    transport.require(config.transport)
+    record = forget(job.output)
+    meeting = replace(meeting, job=secrets.token_hex(8))
+    with _shared_file(job.output, meeting.job) as shared:
+        sights = transport.look_around(way, hosts, shared, config.start_timeout_s)
+    meeting = replace(meeting, address=config.master_addr or _address(hosts, sights), port=config.port or sights[0].port)
+
+    def pass_on(number: int, asked: int) -> Process:
+        order = PassOn(job=meeting.job, node=hosts[number].name, number=asked, patience_s=ANSWER_S / 2)
+        return way.carry(hosts[number], number, order)
+
+    carriers = plan(config, hosts, job, way, meeting).carriers
+    nodes = Nodes(carriers, pass_on, grace_s=config.grace_s, peer_grace_s=config.peer_grace_s)
+    with signals_to(nodes):
+        try:
+            nodes.start()
+            nodes.wait()
+        finally:
+            nodes.end()
+    return outcome(nodes, record)
+
+
+def plan(config: DeepspeedConfig, hosts: Sequence[Host], job: Job, way: Transport, meeting: Meeting) -> LaunchPlan:
+    """What is run here for each host, and which ranks that starts there. Pure.
+
+    Beyond what is shown each node adds OMP_NUM_THREADS and GLOO_SOCKET_IFNAME where nobody has set them: it knows its cores
+    and its interfaces.
+    """
+    slots = {host.name: host.slots for host in hosts}
+    carriers = tuple(
+        way.carry(
+            host,
+            number,
+            RunRanks(
+                job=meeting.job,
+                node=host.name,
+                slots=slots,
+                argv=job.argv,
+                address=meeting.address,
+                port=meeting.port,
+                grace_s=config.grace_s,
+                peer_grace_s=config.peer_grace_s,
+                logs=config.logs,
+            ),
+        )
+        for number, host in enumerate(hosts)
+    )
+    return replace(on_nodes(job.argv, slots, meeting.address, meeting.port, way.environment), carriers=carriers)
+
+
+def way_to_nodes(config: DeepspeedConfig) -> Transport:
+    """The transport with its options and environment. Raises ConfigError."""
+    options = ["-x", "-a", "-oBatchMode=yes", "-oConnectTimeout=10", "-oServerAliveInterval=15"]
+    options += [f"-p{config.ssh_port}"] if config.ssh_port else []
+    if config.ssh_config:
+        file = str(config.ssh_config.resolve())
+        if not config.ssh_config.is_file() or file.split() != [file]:
+            rule = "must be a file that is there, without spaces in its path: pdsh cuts the options of ssh at spaces"
+            raise ConfigError("backend.ssh_config", file, rule)
+        options.append(f"-F{file}")
+    environment = transport.carried(os.environ, config.environment, config.interface)
+    return Transport(name=config.transport, options=tuple(options), folder=Path.cwd(), environment=environment)
+
+
+def _address(hosts: Sequence[Host], sights: Sequence[Sight]) -> str:
+    """Where the others reach the first host: there where we do, unless we are on it and they are not."""
+    loopback = [ipaddress.ip_address(sight.address.partition("%")[0]).is_loopback for sight in sights]
+    if loopback[0] and not all(loopback):
+        rule = f"this is how {hosts[0].name} is reached from here, and other hosts cannot"
+        raise ConfigError(
+            "backend.master_addr", sights[0].address, rule, f"Set it to an address of {hosts[0].name} that they can reach."
+        )
+    return sights[0].address
+
+
+@contextmanager
+def _shared_file(output: Path | None, job: str) -> Iterator[Path | None]:
+    """A file in the run folder by which the nodes are asked whether they see the same one. Raises StorageError."""
+    if output is None or (output.exists() and not output.is_dir()):  # The latter rank 0 says better.
+        yield None
+        return
+    file = output.resolve() / f".launch-{job}"
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        file.touch()
+        yield file
+    except OSError as error:
+        raise StorageError(f"output: got {str(output)!r}; it cannot be written ({error.strerror})") from error
+    finally:
+        file.unlink(missing_ok=True)

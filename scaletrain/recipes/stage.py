@@ -1,0 +1,242 @@
+"""One training run of a classifier: new examples, perhaps old ones beside them, and what methods add to the loss.
+
+Fine-tuning is one stage, a stream is one stage after another. Start a stage again and it continues from its newest checkpoint:
+what methods prepare with the weights that the stage starts from (a teacher's logits, an anchor) is computed again, which gives
+the same, rather than stored.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field
+
+from scaletrain import checkpoint, dist, model
+from scaletrain.checkpoint import Checkpoint, CheckpointConfig, Progress
+from scaletrain.continual.method import Active
+from scaletrain.data.examples import Examples
+from scaletrain.data.plan import CorpusShape, Cursor, PhaseShape, Plan
+from scaletrain.data.slots import DealtPlan
+from scaletrain.engine import OptimizerConfig
+from scaletrain.errors import CorpusError, RequeueError
+from scaletrain.recipes.student import Named, Student, digest_of
+from scaletrain.train.console import Writers, open_writers
+from scaletrain.train.control import Session, StopRequest
+from scaletrain.train.loop import train
+from scaletrain.train.metrics import Meter, MetricsConfig, peak_memory_bytes
+from scaletrain.train.schedule import LinearConfig, ScheduleConfig, due, learning_rate
+from scaletrain.train.selection import Selection, SelectionConfig
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StageConfig:
+    """How a classifier is trained."""
+
+    epochs: Annotated[float, Field(gt=0)] = 3.0
+    """Passes over the new examples."""
+    batch_size: Annotated[int, Field(ge=1)] = 32
+    """New examples per optimizer step, over all ranks; rehearsed ones come on top."""
+    optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(learning_rate=5e-5, betas=(0.9, 0.999)))
+    """How weights follow gradients."""
+    schedule: ScheduleConfig = field(default_factory=LinearConfig)
+    """How the learning rate changes over the stage."""
+    clip_norm: Annotated[float, Field(gt=0)] | None = 1.0
+    """Largest L2 norm of the step's gradient; null: no clipping."""
+    selection: SelectionConfig = field(default_factory=SelectionConfig)
+    """Which weights the stage ends with, and whether it may stop early."""
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    """When the stage is saved."""
+    metrics: MetricsConfig = field(default_factory=MetricsConfig)
+    """What is recorded."""
+
+
+@dataclass(frozen=True, slots=True)
+class StageData:
+    """What a stage learns from. An example comes with the name of its task."""
+
+    new: Sequence[Named]
+    validation: Sequence[Named]
+    """What ``selection`` looks at; empty: the stage ends with its last weights."""
+    old: Sequence[Named] = ()
+    old_per_new: float | None = None
+    """Old samples per new one in every step; None: new and old are one pool."""
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """What a stage ended with."""
+
+    checkpoint: Checkpoint
+    step: int
+    """Of the weights that were kept."""
+    steps: int
+    """Taken in all."""
+    score: float | None
+    """The best one on the validation split, if there is one."""
+
+
+class Stage:
+    """One stage, from the student as it is: ``run`` trains it, and leaves it with the weights to keep."""
+
+    def __init__(
+        self,
+        config: StageConfig,
+        folder: Path,
+        student: Student,
+        data: StageData,
+        seed: int,
+        identity: Mapping[str, str],
+    ) -> None:
+        """``identity``: what else may not change between start and resume, such as the weights that the stage starts from."""
+        if not data.new:
+            raise CorpusError("train", 0, "a stage learns from at least one new example", "Give the task examples")
+        self._config, self._folder, self._student, self._seed = config, folder, student, seed
+        self.corpora, shapes, per_step = _mixture(student, data, config.batch_size)
+        self.new = self.corpora[0]
+        pool = self.new.chunks  # without a ratio, the new ones are the pool of all
+        self.steps = math.ceil(config.epochs * pool / config.batch_size - 1e-9)
+        self._plan = Plan(seed, [PhaseShape(shapes, per_step, self.steps)])
+        self._dealt = DealtPlan(self._plan, [corpus.lengths for corpus in self.corpora], student.dealing)
+        self._dealt.check_world(dist.world(), multiple_follows=True)
+        self._every = config.selection.every_steps or math.ceil(pool / config.batch_size)
+        self._validation = student.encode(data.validation) if data.validation else None
+        self._identity = {
+            "seed": str(seed),
+            "data": self._plan.digest,
+            "model": model.identity(student.classifier),
+            "optimizer.name": config.optimizer.name,
+            **identity,
+        }
+
+    def run(self, begin: Callable[[Stage], Active], session: Session, stop: StopRequest) -> Kept:
+        """Trains to the end, from where the folder stands; the student is left with the weights to keep.
+
+        ``begin`` is called with the weights that the stage starts from, unless all steps were taken by an earlier start. Raises
+        RequeueError, after a checkpoint, where the stage was asked to stop.
+        """
+        last = checkpoint.newest(self._folder / "checkpoints")
+        active = Active() if last is not None and self._over(last) else begin(self)
+        task = replace(
+            self._student.task(self.corpora, self._seed),
+            further=active.terms,
+            cached={name: self._split(rows) for name, rows in active.cached.items()},
+        )
+        start, selection = self._resume(last)
+        session.step = start
+        writers = self._writers(start)
+        total = self._plan.samples_before(self.steps)
+        meter = Meter(self.steps, lambda: peak_memory_bytes(self._student.engine.device.type))
+        with self._student.loader(self._dealt, task) as loader:
+            batches = loader.batches(start, start if selection.exhausted else self.steps)
+            for record in train(
+                self._student.engine,
+                task,
+                batches,
+                lambda step: self._rate(step, total),
+                self._config.clip_norm,
+                stop,
+                meter,
+                active.penalties,
+            ):
+                session.step = record.step
+                writers.step(record)
+                at_end = record.step == self.steps
+                best = self._evaluate(record.step, selection, writers) if due(record.step, self._every) or at_end else False
+                over = at_end or selection.exhausted or stop.agreed
+                if over or best or due(record.step, self._config.checkpoint.every_steps):
+                    self._save(record.step, selection, writers)
+                if selection.exhausted:
+                    break
+        writers.close()
+        if stop.agreed and not selection.exhausted and session.step < self.steps:
+            raise RequeueError(f"stopped on request after step {session.step} of {self.steps}; the same command continues it")
+        return self._keep(selection, session.step)
+
+    def _over(self, last: Checkpoint) -> bool:
+        selection = Selection.resumed(self._config.selection, last.progress.state["selection"])
+        return selection.exhausted or last.progress.step >= self.steps
+
+    def _rate(self, step: int, total: int) -> float:
+        samples = self._plan.samples_before(step) + 1
+        return learning_rate(self._config.schedule, self._config.optimizer.learning_rate, samples, total)
+
+    def _resume(self, last: Checkpoint | None) -> tuple[int, Selection]:
+        if last is None:
+            return 0, Selection(self._config.selection)
+        progress = checkpoint.restore(last, self._student.engine, self._identity)
+        selection = Selection.resumed(self._config.selection, progress.state["selection"])
+        return self._plan.step_at(Cursor(**progress.cursor)), selection
+
+    def _evaluate(self, step: int, selection: Selection, writers: Writers) -> bool:
+        """Measures the validation split, if there is one; whether it was the best so far."""
+        if self._validation is None:
+            return False
+        table = self._student.score(self._validation)
+        scores = self._student.task([], 0).summary(table)
+        writers.evaluation(step, scores)
+        return selection.offer(step, scores)
+
+    def _save(self, step: int, selection: Selection, writers: Writers) -> None:
+        writers.flush()
+        progress = Progress(
+            step,
+            self._plan.cursor(step)._asdict(),
+            self._identity,
+            fixed={"dealing": asdict(self._student.dealing)},
+            state={"selection": selection.state()},
+        )
+        best = [selection.best_step] if selection.best_step is not None and self._config.selection.keep == "best" else []
+        keep = self._config.checkpoint.keep
+        checkpoint.save(self._folder / "checkpoints", self._student.engine, progress, keep, protected=best)
+        writers.event(step, "checkpoint")
+
+    def _keep(self, selection: Selection, step: int) -> Kept:
+        """Goes back to the best weights, where they are what is to be kept."""
+        best = selection.best_step if self._config.selection.keep == "best" else None
+        wanted = step if best is None else best
+        found = {each.progress.step: each for each in checkpoint.find(self._folder / "checkpoints")}
+        if wanted != step:
+            checkpoint.restore(found[wanted], self._student.engine, self._identity)
+        return Kept(found[wanted], wanted, step, selection.best_score)
+
+    def _split(self, rows: NDArray[np.float32]) -> list[NDArray[np.float32]]:
+        """Rows of all samples of the stage, cut into those of each corpus."""
+        return np.split(rows, np.cumsum([corpus.chunks for corpus in self.corpora])[:-1])
+
+    def _writers(self, start: int) -> Writers:
+        if dist.rank() != 0:
+            return Writers({})
+        writers = open_writers(self._config.metrics, self._folder, start_step=start, total_steps=self.steps)
+        examples = {"new": self.new.chunks, "old": sum(corpus.chunks for corpus in self.corpora[1:])}
+        cut = {"truncated": truncated} if (truncated := sum(corpus.truncated for corpus in self.corpora)) else {}
+        parameters = sum(math.prod(shard.shape) for shard in self._student.engine.shards())
+        writers.event(start, "start", parameters=parameters, ranks=dist.world(), **examples, **cut)
+        return writers
+
+
+def start_dealing(folder: Path) -> dict[str, Any] | None:
+    """The rule by which the stage in ``folder`` has dealt its steps so far; None before its first checkpoint. Collective."""
+    found = dist.broadcast([dict(each.progress.fixed["dealing"]) for each in checkpoint.find(folder / "checkpoints")][:1])
+    return found[0] if found else None
+
+
+def _mixture(student: Student, data: StageData, batch: int) -> tuple[list[Examples], tuple[CorpusShape, ...], int]:
+    """The corpora of the plan, their shares, and the samples of a step."""
+    if not data.old or data.old_per_new is None:
+        pool = student.encode([*data.new, *data.old])
+        return [pool], (CorpusShape(pool.digest, pool.chunks),), batch
+    new, old = student.encode(data.new), student.encode(data.old)
+    rehearsed = max(1, round(batch * data.old_per_new))
+    shapes = (CorpusShape(new.digest, new.chunks, batch), CorpusShape(old.digest, old.chunks, rehearsed))
+    return [new, old], shapes, batch + rehearsed
+
+
+def methods_identity(methods: Sequence[Any]) -> str:
+    """Digest of the settings of a stream's methods."""
+    return digest_of(*(f"{type(method).__name__} {sorted(asdict(method).items())}" for method in methods))

@@ -1,0 +1,106 @@
+"""What a classifier starts from, and the folder that a task's data is frozen in: what fine-tuning and streams have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field
+
+from scaletrain import checkpoint, dist, model
+from scaletrain.checkpoint import Checkpoint
+from scaletrain.continual.store import published_model
+from scaletrain.data import labelled
+from scaletrain.data.freeze import freeze, thaw
+from scaletrain.data.labelled import Example, Labelled, LabelledConfig
+from scaletrain.errors import CheckpointError
+from scaletrain.model import Classifier, ClassifierConfig
+from scaletrain.recipes.student import digest_of
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TaskConfig:
+    """A text classification task."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+    """What it is called from now on: letters, digits, dots, dashes and underscores."""
+    data: LabelledConfig
+    """Its examples."""
+
+
+def frozen(task: TaskConfig, folder: Path) -> Labelled:
+    """The task's data out of ``folder``, where rank 0 puts it first if it is not there yet. Collective.
+
+    What is there already wins over the files that it was read from: a run that continues must not see other data.
+    """
+
+    def put() -> None:
+        if not (folder / "task.json").exists():
+            freeze(labelled.read(task.data), folder)
+
+    dist.from_first("reading the task's examples", put)
+    return thaw(folder)
+
+
+def named(task: str, examples: Sequence[Example]) -> list[tuple[str, Example]]:
+    """Each with the name of its task."""
+    return [(task, example) for example in examples]
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """What a classifier was made from."""
+
+    classifier: Classifier
+    tokenizer_folder: Path
+    digest: str
+    """Of the weights, as far as they are told apart by name: of the checkpoint's or model folder's manifest."""
+
+
+def open_start(config: ClassifierConfig, seed: int = 0) -> Origin:
+    """The classifier that ``config.start`` stands for, with the blocks that it comes with. Collective.
+
+    A lineage stands for its published model, a fine-tuning run for its model, a pretraining run for its newest checkpoint;
+    else it is a model folder, or an encoder of Hugging Face's by folder or name.
+    """
+    folder = model_folder(Path(config.start))
+    if folder is None and (Path(config.start) / "checkpoints").is_dir():
+        return _pretrained(config, Path(config.start), seed)
+    started = model.start(config, folder, seed)
+    return Origin(started.classifier, started.tokenizer_folder, started.digest)
+
+
+def model_folder(path: Path) -> Path | None:
+    """The model folder that a path leads to: itself, that of a fine-tuning run, or the published one of a lineage."""
+    if (path / "ledger.jsonl").exists():
+        return published_model(path)
+    for folder in (path, path / "model"):
+        if (folder / model.MANIFEST).exists():
+            return folder
+    return None
+
+
+def _pretrained(config: ClassifierConfig, run: Path, seed: int) -> Origin:
+    newest = checkpoint.newest(run / "checkpoints")
+    if newest is None:
+        raise CheckpointError("model.start", str(run), "it has no checkpoint", "Give a run that has been saved at least once")
+    fixed = newest.progress.fixed
+    classifier = Classifier.from_masked_lm(config, fixed["hf_config"], checkpoint.weights(newest), seed)
+    return Origin(classifier, run / "tokenizer", digest_of(*(entry["sha256"] for entry in newest.manifest["files"])))
+
+
+def write_model(
+    folder: Path, classifier: Classifier, kept: Checkpoint, tokenizer_folder: Path, facts: Mapping[str, object]
+) -> None:
+    """The checkpoint's weights as a model folder. On one rank."""
+    described = model.describe(classifier)
+    model.write_model(
+        folder,
+        hf_config=described["hf_config"],
+        head=classifier.head,
+        state=checkpoint.weights(kept),
+        tokenizer_folder=tokenizer_folder,
+        facts=facts,
+    )

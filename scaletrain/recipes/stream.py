@@ -1,0 +1,184 @@
+"""A lineage at work: one task after another is onboarded onto it, by whichever verb."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from scaletrain import dist
+from scaletrain.config import dump, load_tree, to_tree
+from scaletrain.continual import metrics
+from scaletrain.continual.gate import require_decisive
+from scaletrain.continual.lifecycle import Attempt, Lifecycle, accuracies
+from scaletrain.continual.store import Store
+from scaletrain.data.freeze import freeze, frozen_digest, thaw
+from scaletrain.data.labelled import Labelled
+from scaletrain.errors import ConfigError, CorpusError, RefusedError, UndecidedError
+from scaletrain.recipes.onboarding import LineageConfig, Onboarding
+from scaletrain.recipes.starting import TaskConfig, frozen, model_folder
+from scaletrain.recipes.student import digest_of
+from scaletrain.train.control import Session, StopRequest
+
+
+class Stream:
+    """The lineage in one folder. Every method is collective."""
+
+    def __init__(self, config: LineageConfig, folder: Path, session: Session, stop: StopRequest) -> None:
+        self._config, self._session, self._stop = config, session, stop
+        self._store = Store(folder)
+        self._lifecycle = Lifecycle(self._store, config.gate)
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Nobody else onboards onto the lineage inside. Raises InputError, which says who does, if somebody is at it."""
+        lock = self._store.hold()
+        dist.from_first("taking the lineage", lock.__enter__)
+        try:
+            dist.from_first("opening the lineage", self._open)
+            yield
+        finally:
+            if dist.rank() == 0:
+                lock.__exit__(None, None, None)
+
+    def adopted(self) -> str | None:
+        """The task that the model has learned which the lineage starts from, where that is a fine-tuning run."""
+        start = Path(self._config.model.start)
+        found = model_folder(start) if (start / "task" / "task.json").exists() else None
+        return None if found is None else str(load_tree(start / "config.yaml")["task"]["name"])
+
+    def onboard(self, name: str, task: TaskConfig | None, *, retry: bool = False) -> str:
+        """Learns a task, or the rest of it; returns how it ended: published, refused or undecided.
+
+        ``task`` is None for the one that was adopted. A task that was concluded is not learned again, unless it was not
+        published and ``retry`` is true. Raises RefusedError or UndecidedError unless ``on_refusal`` is ``continue``.
+        """
+        event = self._lifecycle.concluded(name)
+        if event is None or (retry and event != "published"):
+            data = self._data(name, task)
+            base = self._base()
+            self._check(name, data, base)
+            attempt = self._lifecycle.begin(name, self._digest(name, base), base)
+            work = Onboarding(self._config, self._store, attempt, self._session, self._stop, adopted=task is None)
+            event = self._lifecycle.conclude(attempt, work)
+            work.close()
+            self._settle(attempt)
+        if event != "published" and self._config.on_refusal == "stop":
+            raise self._refusal(name, event)
+        return event
+
+    def standing(self) -> dict[str, Any]:
+        """What is published, and its figures."""
+        version = dist.from_first("reading what is published", self._store.published)
+        scores = dist.from_first("reading a version", lambda: self._store.evaluation(version)["test"] if version else {})
+        return {"published": version, "test": scores}
+
+    def result(self, tasks: Sequence[str]) -> dict[str, Any]:
+        """The figures of the stream so far, with R; printed on rank 0 with the formulas."""
+        rows = accuracies(self._lifecycle.entries(), tasks)
+        if dist.rank() == 0:
+            print("\n" + metrics.table(rows, tasks[: len(rows)]), flush=True)
+        return {
+            "tasks": list(tasks),
+            "R": rows,
+            **metrics.summary(rows),
+            "gate": {task: self._lifecycle.concluded(task) for task in tasks},
+            "published": dist.from_first("reading what is published", self._store.published),
+        }
+
+    def _open(self) -> None:
+        """Checks that what is there is a whole lineage with these settings, and notes the settings."""
+        self._store.published()
+        if (known := self._store.folder / "config.yaml").exists():
+            before = load_tree(known)
+            for path, mine in (("scenario", self._config.scenario), ("model.pooling", self._config.model.pooling)):
+                theirs: Any = before
+                for key in path.split("."):
+                    theirs = theirs[key]
+                if theirs != mine:
+                    rule = f"this lineage was begun with {theirs!r}"
+                    raise ConfigError(path, mine, rule, "Set it back, or begin another lineage in another folder")
+        dump(self._config, known)
+
+    def _base(self) -> str | None:
+        """The version that the next task builds on."""
+        if (going := self._lifecycle.under_way()) is not None:
+            return going.base
+        entries = self._lifecycle.entries()
+        if self._config.on_refusal == "continue":
+            evaluated = [entry["version"] for entry in entries if entry["event"] == "evaluated"]
+            if evaluated:
+                return str(evaluated[-1])
+        found: str | None = dist.from_first("reading what is published", self._store.published)
+        return found
+
+    def _data(self, name: str, task: TaskConfig | None) -> Labelled:
+        folder = self._store.task_folder(name)
+        if task is not None:
+            return frozen(task, folder)
+
+        def copy() -> None:
+            freeze(thaw(Path(self._config.model.start) / "task"), folder)
+
+        dist.from_first("taking the task's examples over", copy)
+        return thaw(folder)
+
+    def _check(self, name: str, data: Labelled, base: str | None) -> None:
+        """What would otherwise be found out after the training."""
+        if not data.splits["test"]:
+            rule = "a stream is evaluated on the test split of every task"
+            raise CorpusError(f"tasks: {name}", "no test examples", rule, "Give data.test, or data.test_fraction above 0")
+        learned = self._learned(base)
+        if name in learned:
+            rule = f"version {base} has learned it already"
+            raise ConfigError("task.name", name, rule, "Choose another name: a task with new data is a new task")
+        if self._config.scenario == "domain" and learned:
+            known = thaw(self._store.task_folder(learned[0])).labels
+            if data.labels != known:
+                different = sorted(set(data.labels) ^ set(known))[:5]
+                rule = f"domain-incremental tasks share one set of labels; {', '.join(different)} are in one only"
+                raise ConfigError(f"tasks: {name}", list(data.labels)[:20], rule, "Map the labels, or use scenario: class")
+        if self._config.gate is not None:
+            others = {task: thaw(self._store.task_folder(task)) for task in learned}
+            require_decisive(
+                self._config.gate, {task: len(each.splits["gate"]) for task, each in (others | {name: data}).items()}
+            )
+
+    def _learned(self, version: str | None) -> list[str]:
+        found: list[str] = dist.from_first(
+            "reading a version", lambda: list(self._store.evaluation(version)["tasks"]) if version else []
+        )
+        return found
+
+    def _digest(self, name: str, base: str | None) -> str:
+        """Of all that the candidate follows from."""
+        tree = to_tree(self._config)
+        for section in ("gate", "on_refusal", "compute"):
+            del tree[section]
+        for section in ("checkpoint", "metrics"):
+            del tree["training"][section]
+        return digest_of(repr(tree), frozen_digest(self._store.task_folder(name)), str(base))
+
+    def _settle(self, attempt: Attempt) -> None:
+        """Says what the gate said, and drops the stage's checkpoints: the version has the weights."""
+
+        def settle() -> None:
+            print("\n".join(self._verdict(attempt.version)["lines"]), flush=True)
+            shutil.rmtree(self._store.work_folder(attempt.version) / "checkpoints", ignore_errors=True)
+
+        dist.from_first("settling", settle)
+
+    def _verdict(self, version: str) -> dict[str, Any]:
+        judged = [entry for entry in self._store.entries() if entry["event"] == "judged" and entry["version"] == version]
+        return dict(judged[-1]["verdict"])
+
+    def _refusal(self, name: str, event: str) -> RefusedError | UndecidedError:
+        def lines() -> list[str]:
+            version = [entry["version"] for entry in self._store.entries() if entry.get("task") == name][-1]
+            return list(self._verdict(version)["lines"])
+
+        kind = RefusedError if event == "refused" else UndecidedError
+        text = "\n".join(dist.from_first("reading the verdict", lines))
+        return kind(f"{text}\n{name} was not published; what was published before still is. --retry tries it again")
