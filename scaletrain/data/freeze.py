@@ -1,14 +1,15 @@
-"""A task's examples as a folder of canonical files: read once, and never differently again.
+"""A task's examples as a folder of canonical files: read and split once, and never differently again.
 
 ::
 
     FOLDER/train.jsonl, validation.jsonl, gate.jsonl, test.jsonl     an example a line: key, text, pair, label
-    FOLDER/task.json                                                 written last: labels, report, size and SHA-256 of each file
+    FOLDER/task.json                                                 labels, report, size and SHA-256 of each file, and its own
 """
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import shutil
 from collections.abc import Sequence
@@ -17,86 +18,92 @@ from pathlib import Path
 from typing import Any
 
 from scaletrain import durable
+from scaletrain.data.dataset import canonical_digest
 from scaletrain.data.labelled import SPLITS, Labelled
 from scaletrain.data.tables import Example
 from scaletrain.errors import CorpusError, StorageError
 
+FORMAT = 1
 MANIFEST = "task.json"
-_FORMAT = {"format": "scaletrain-task", "version": 1}
+_REMEDY = "Freeze the task again from its files, in another folder"
 
 
 def freeze(labelled: Labelled, folder: Path) -> str:
-    """Writes ``folder`` whole or not at all, and returns its digest. Doing it again is nothing.
+    """Write a folder, whole or not at all: a JSON Lines file for each split, and ``task.json`` with labels, report and digests.
 
-    Raises CorpusError where other examples are frozen there, naming the first split that differs, and StorageError.
+    Returns the digest of it all. A folder that holds the same is left alone. Raises CorpusError, naming the first difference, for
+    one that holds something else, and StorageError.
     """
-    files = {split: _lines(labelled.splits[split]) for split in SPLITS}
-    entries = {split: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()} for split, data in files.items()}
-    manifest = {
-        **_FORMAT,
-        "labels": list(labelled.labels),
-        "files": entries,
-        "report": {k: dict(v) for k, v in labelled.report.items()},
-    }
-    if (folder / MANIFEST).exists():
-        before = _manifest(folder)
-        for split in SPLITS:
-            if before["files"][split] != entries[split]:
-                rule = f"other examples are frozen in {folder}"
-                raise CorpusError(f"data.{split}", f"{len(labelled.splits[split])} examples", rule, "Use another name or folder")
-        return frozen_digest(folder)
-    partial = folder.with_name(f".{folder.name}.partial")
+    files = {f"{split}.jsonl": _lines(labelled.splits[split]) for split in SPLITS}
+    described = {name: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()} for name, data in files.items()}
+    tree: dict[str, Any] = {"format": FORMAT, "labels": labelled.labels, "report": labelled.report, "files": described}
+    tree["digest"] = canonical_digest(tree)
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        _require_same(labelled, thaw(folder), folder)
+        return str(tree["digest"])
+    temporary = folder.with_name(f".{folder.name}.tmp")
     try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        for split, data in files.items():
-            durable.write(partial / f"{split}.jsonl", data)
-        durable.write(partial / MANIFEST, json.dumps(manifest, indent=1, ensure_ascii=False).encode())
-        durable.sync(partial)
-        partial.rename(folder)
+        shutil.rmtree(temporary, ignore_errors=True)  # of a run that was killed here
+        temporary.mkdir(parents=True)
+        for name, data in (*files.items(), (MANIFEST, json.dumps(tree, ensure_ascii=False, indent=1).encode() + b"\n")):
+            durable.write(temporary / name, data)
+        temporary.rename(folder)
         durable.sync(folder.parent)
     except OSError as error:
-        raise StorageError(
-            f"{folder}: got {error}; the task's examples are kept there. Free space or choose another folder"
-        ) from error
-    return frozen_digest(folder)
+        raise StorageError(f"{folder}: got {error.strerror!r}; the task's examples must be written there") from error
+    return str(tree["digest"])
 
 
 def thaw(folder: Path) -> Labelled:
-    """The examples in ``folder``. Raises CorpusError, which names the file, where one is missing or altered."""
-    manifest, splits = _manifest(folder), {}
+    """Read a frozen folder back. Raises CorpusError, naming the file, for one that is missing or is not as it was written."""
+    file = folder / MANIFEST
+    try:
+        tree = json.loads(_stored(file))
+        if tree["format"] != FORMAT:
+            raise CorpusError(f"{file}: format", tree["format"], f"this program reads format {FORMAT}", _REMEDY)
+        expected = canonical_digest({key: value for key, value in tree.items() if key != "digest"})
+        if tree["digest"] != expected:
+            raise CorpusError(f"{file}: digest", tree["digest"], f"its contents have {expected}", _REMEDY)
+        described, labels, report = tree["files"], tuple(tree["labels"]), tree["report"]
+    except (ValueError, TypeError, KeyError):
+        raise CorpusError(str(file), "no description of a task", "it was written whole", _REMEDY) from None
+    splits = {}
     for split in SPLITS:
-        file, entry = folder / f"{split}.jsonl", manifest["files"][split]
-        try:
-            data = file.read_bytes()
-        except OSError as error:
-            raise CorpusError(str(file), "missing", f"it is part of a frozen task ({error.strerror})", _RESTORE) from None
-        if hashlib.sha256(data).hexdigest() != entry["sha256"]:
-            raise CorpusError(str(file), "altered", f"{MANIFEST} lists another content (SHA-256)", _RESTORE)
+        file = folder / f"{split}.jsonl"
+        data = _stored(file)
+        found = hashlib.sha256(data).hexdigest()
+        if found != described[file.name]["sha256"]:
+            rule = f"task.json says {described[file.name]['sha256']}"
+            raise CorpusError(str(file), f"{len(data)} bytes with SHA-256 {found}", rule, _REMEDY)
         splits[split] = tuple(Example(**json.loads(line)) for line in data.decode().split("\n")[:-1])
-    return Labelled(splits, tuple(manifest["labels"]), manifest["report"])
+    return Labelled(splits, labels, report)
 
 
 def frozen_digest(folder: Path) -> str:
-    """SHA-256 of what is frozen in ``folder``: labels and examples, not how many were dropped on the way."""
-    manifest = _manifest(folder)
-    return hashlib.sha256(json.dumps([manifest["labels"], manifest["files"]], sort_keys=True).encode()).hexdigest()
-
-
-_RESTORE = "Restore it from a backup"
+    """What ``freeze`` returned for a folder."""
+    return str(json.loads(_stored(folder / MANIFEST))["digest"])
 
 
 def _lines(examples: Sequence[Example]) -> bytes:
     return "".join(json.dumps(asdict(example), ensure_ascii=False) + "\n" for example in examples).encode()
 
 
-def _manifest(folder: Path) -> dict[str, Any]:
-    file = folder / MANIFEST
+def _stored(file: Path) -> bytes:
     try:
-        manifest: dict[str, Any] = json.loads(file.read_bytes())
-        known = {key: manifest[key] for key in _FORMAT} == _FORMAT and manifest["files"].keys() == set(SPLITS)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CorpusError(str(file), str(error), "a frozen task says in it what it holds", _RESTORE) from None
-    if not known:
-        raise CorpusError(str(file), "another format", f"must be {_FORMAT['format']} version {_FORMAT['version']}", _RESTORE)
-    return manifest
+        return file.read_bytes()
+    except OSError as error:
+        raise CorpusError(str(file), error.strerror, "a frozen task has this file", _REMEDY) from None
+
+
+def _require_same(ours: Labelled, frozen: Labelled, folder: Path) -> None:
+    remedy = "Give back the files and settings that it was made from, or another folder"
+    for split in SPLITS:
+        pairs = itertools.zip_longest(ours.splits[split], frozen.splits[split])
+        for number, (example, before) in enumerate(pairs, start=1):
+            if example != before:
+                where = f"{folder / split}.jsonl, line {number}"
+                raise CorpusError(where, example, f"the folder was frozen with {before or 'no example'} there", remedy)
+    for part in ("labels", "report"):
+        if getattr(ours, part) != getattr(frozen, part):
+            rule = f"the folder was frozen with {getattr(frozen, part)}"
+            raise CorpusError(f"{folder / MANIFEST}: {part}", getattr(ours, part), rule, remedy)

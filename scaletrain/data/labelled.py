@@ -1,4 +1,4 @@
-"""A text classification task as data: its files read and checked once, split, and frozen as a folder that everything later reads.
+"""A text classification task as data: its files read, checked and split.
 
 Splits: ``train``; ``validation`` chooses the checkpoint; ``gate`` decides whether a model may replace another and is used for
 nothing else; ``test`` is what is reported. One without a file is cut from train.
@@ -7,32 +7,24 @@ nothing else; ``test`` is what is reported. One without a file is cut from train
 from __future__ import annotations
 
 import difflib
-import hashlib
-import itertools
-import json
-import shutil
 import warnings
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
-from scaletrain import durable
 from scaletrain.data import curate, tables
 from scaletrain.data.curate import Row
-from scaletrain.data.dataset import canonical_digest
 from scaletrain.data.sources.files import expand
 from scaletrain.data.tables import ColumnsConfig, Example
-from scaletrain.errors import ConfigError, CorpusError, StorageError
+from scaletrain.errors import ConfigError, CorpusError
 
-__all__ = ["SPLITS", "ColumnsConfig", "Example", "Labelled", "LabelledConfig", "freeze", "read", "thaw"]
+__all__ = ["SPLITS", "ColumnsConfig", "Example", "Labelled", "LabelledConfig", "read"]
 
-FORMAT = 1
 SPLITS = ("train", "validation", "gate", "test")
-_REMEDY = "Freeze the task again from its files, in another folder"
 _CUT_ORDER = ("test", "gate", "validation")
 """Where a label has too few examples for all, the split that figures come from is served first."""
 
@@ -178,10 +170,12 @@ def _use(rows: list[Row], config: LabelledConfig, counts: dict[str, int]) -> lis
 
 def _check_labels(used: Mapping[str, Sequence[Row]]) -> tuple[str, ...]:
     """The labels of train, sorted."""
-    labels = sorted({example.label for _, example in used["train"]})
+    labels = {example.label for _, example in used["train"]}
     if len(labels) < 2:
         rule = "a task has at least two labels, each with an example in train"
-        raise CorpusError("data.train", ", ".join(labels) or "no label", rule, "Check data.columns.label, keep_ and drop_labels")
+        raise CorpusError(
+            "data.train", ", ".join(sorted(labels)) or "no label", rule, "Check data.columns.label, keep_ and drop_labels"
+        )
     for split, rows in used.items():
         if not rows:
             rule = "none of its examples is left after data.keep_labels, drop_labels, empty and conflicts"
@@ -192,7 +186,7 @@ def _check_labels(used: Mapping[str, Sequence[Row]]) -> tuple[str, ...]:
             if example.label not in labels:
                 remedy = f"{_nearest(example.label, labels)} Or drop it with data.drop_labels"
                 raise CorpusError(where, example.label, "no example of train has this label", remedy)
-    return tuple(labels)
+    return tuple(sorted(labels))
 
 
 def _split(
@@ -231,79 +225,3 @@ def _count_overlaps(splits: Mapping[str, Sequence[Example]], report: Mapping[str
 
 
 # --------------------------------------------------------------------------------------------------------------- frozen folders
-
-
-def freeze(labelled: Labelled, folder: Path) -> str:
-    """Write a folder, whole or not at all: a JSON Lines file for each split, and ``task.json`` with labels, report and digests.
-
-    Returns the digest of it all. A folder that holds the same is left alone. Raises CorpusError, naming the first difference, for
-    one that holds something else, and StorageError.
-    """
-    files = {f"{split}.jsonl": _lines(labelled.splits[split]) for split in SPLITS}
-    described = {name: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()} for name, data in files.items()}
-    tree: dict[str, Any] = {"format": FORMAT, "labels": labelled.labels, "report": labelled.report, "files": described}
-    tree["digest"] = canonical_digest(tree)
-    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-        _require_same(labelled, thaw(folder), folder)
-        return str(tree["digest"])
-    temporary = folder.with_name(f".{folder.name}.tmp")
-    try:
-        shutil.rmtree(temporary, ignore_errors=True)  # of a run that was killed here
-        temporary.mkdir(parents=True)
-        for name, data in (*files.items(), ("task.json", json.dumps(tree, ensure_ascii=False, indent=1).encode() + b"\n")):
-            durable.write(temporary / name, data)
-        temporary.rename(folder)
-        durable.sync(folder.parent)
-    except OSError as error:
-        raise StorageError(f"{folder}: got {error.strerror!r}; the task's examples must be written there") from error
-    return str(tree["digest"])
-
-
-def thaw(folder: Path) -> Labelled:
-    """Read a frozen folder back. Raises CorpusError, naming the file, for one that is missing or is not as it was written."""
-    file = folder / "task.json"
-    try:
-        tree = json.loads(_stored(file))
-        if tree["format"] != FORMAT:
-            raise CorpusError(f"{file}: format", tree["format"], f"this program reads format {FORMAT}", _REMEDY)
-        expected = canonical_digest({key: value for key, value in tree.items() if key != "digest"})
-        if tree["digest"] != expected:
-            raise CorpusError(f"{file}: digest", tree["digest"], f"its contents have {expected}", _REMEDY)
-        described, labels, report = tree["files"], tuple(tree["labels"]), tree["report"]
-    except (ValueError, TypeError, KeyError):
-        raise CorpusError(str(file), "no description of a task", "it was written whole", _REMEDY) from None
-    splits = {}
-    for split in SPLITS:
-        file = folder / f"{split}.jsonl"
-        data = _stored(file)
-        found = hashlib.sha256(data).hexdigest()
-        if found != described[file.name]["sha256"]:
-            rule = f"task.json says {described[file.name]['sha256']}"
-            raise CorpusError(str(file), f"{len(data)} bytes with SHA-256 {found}", rule, _REMEDY)
-        splits[split] = tuple(Example(**json.loads(line)) for line in data.decode().split("\n")[:-1])
-    return Labelled(splits, labels, report)
-
-
-def _lines(examples: Sequence[Example]) -> bytes:
-    return "".join(json.dumps(asdict(example), ensure_ascii=False) + "\n" for example in examples).encode()
-
-
-def _stored(file: Path) -> bytes:
-    try:
-        return file.read_bytes()
-    except OSError as error:
-        raise CorpusError(str(file), error.strerror, "a frozen task has this file", _REMEDY) from None
-
-
-def _require_same(ours: Labelled, frozen: Labelled, folder: Path) -> None:
-    remedy = "Give back the files and settings that it was made from, or another folder"
-    for split in SPLITS:
-        pairs = itertools.zip_longest(ours.splits[split], frozen.splits[split])
-        for number, (example, before) in enumerate(pairs, start=1):
-            if example != before:
-                where = f"{folder / split}.jsonl, line {number}"
-                raise CorpusError(where, example, f"the folder was frozen with {before or 'no example'} there", remedy)
-    for part in ("labels", "report"):
-        if getattr(ours, part) != getattr(frozen, part):
-            rule = f"the folder was frozen with {getattr(frozen, part)}"
-            raise CorpusError(f"{folder / 'task.json'}: {part}", getattr(ours, part), rule, remedy)

@@ -258,6 +258,10 @@ class Engine(ABC):
     def publish(self, updates: int) -> None:
         """Call after writing weights or moments of shards: the module computes with them from here on."""
 
+    def close(self) -> None:
+        """Lets go of the module and all state: a stream of stages in one process makes an engine for each. Of no use afterwards."""
+        self._gradients = {}
+
     @abstractmethod
     def _clear_gradients(self) -> None: ...
 

@@ -16,6 +16,8 @@ from typing import Any
 import deepspeed
 import torch
 import torch.distributed as td
+from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
+from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_grad, safe_get_local_optimizer_state
 from torch import Tensor, nn
 
@@ -96,6 +98,19 @@ class Zero3Engine(Engine):
         persistent = self._zero.persistent_parameters
         if persistent:
             persistent[0].all_gather(persistent)
+
+    def close(self) -> None:
+        super().close()
+        self._engine.destroy()
+        # Two things of DeepSpeed's outlive an engine and hold its module: a stack at whose bottom lies every module there ever was,
+        # and the cache of a method, behind a decorator.
+        FWD_MODULE_STACK[:] = [module for module in FWD_MODULE_STACK if module is not self._model]
+        for method in vars(PartitionedParameterCoordinator).values():
+            for cell in getattr(method, "__closure__", None) or ():
+                if hasattr(cell.cell_contents, "cache_clear"):
+                    cell.cell_contents.cache_clear()
+        self._parameters, self._frozen = {}, {}
+        del self._engine, self._zero, self.module, self._model
 
     def _clear_gradients(self) -> None:
         # zero_grad only makes the next reduction overwrite instead of add, and only for parameters that the first slot uses:

@@ -1,8 +1,8 @@
 """Ranks on the hosts of a DeepSpeed hostfile, through ssh or pdsh.
 
-Hostfile and transports are those of the ``deepspeed`` command, and the ranks get the variables that it would give them. What is
-started on a node is our own `node`, not ``deepspeed.launcher.launch``: that one dies of SIGUSR1, or with its connection, and
-leaves its ranks behind; it may end with 0 when it was killed; and what cleans up after it is ``pkill -f``, on anybody's jobs.
+Hostfile and transports are those of the ``deepspeed`` command. What is started on a node is our own `node`, and not
+``deepspeed.launcher.launch``: that dies of SIGUSR1 and leaves its ranks behind, and lives on with them when the launcher has gone;
+when it is killed the launcher ends with 0; and what cleans up after it is ``pkill -f``, which also hits other jobs of the user.
 
 Two things are asked of the nodes: the same paths (Python, scaletrain, the working folder), and one file system under the run
 folder, where rank 0 records how the job ended. Both are looked at before anything starts.
@@ -13,6 +13,7 @@ from __future__ import annotations
 import ipaddress
 import os
 import secrets
+import signal
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -58,9 +59,9 @@ class DeepspeedConfig:
     port: Annotated[int, Field(ge=0, le=65535)] = 0
     """The port at which they meet; 0 picks one that is free on the first host."""
     interface: Interface | None = None
-    """The network interface of gloo and NCCL on every host; null: gloo has the one that leads to the first host, NCCL chooses."""
+    """The network interface of gloo and NCCL on every host; null: gloo has the one to the first host, NCCL chooses."""
     environment: tuple[str, ...] = ()
-    """Names of further variables to carry to the hosts: beyond some of NCCL, gloo, OpenMP, Hugging Face and Python. No secrets."""
+    """Further variables to carry to the hosts, by name: beyond some of NCCL, gloo, OpenMP, Hugging Face, Python. No secrets."""
     start_timeout_s: Annotated[float, Field(gt=0)] = 60.0
     """Seconds that a host has to answer before the job starts; of these, ten to be reached."""
     grace_s: Annotated[float, Field(ge=0)] = 30.0
@@ -98,7 +99,9 @@ def run(config: DeepspeedConfig, job: Job, *, dry_run: bool = False) -> int:
     meeting = replace(meeting, address=config.master_addr or _address(hosts, sights), port=config.port or sights[0].port)
 
     def pass_on(number: int, asked: int) -> Process:
-        order = PassOn(job=meeting.job, node=hosts[number].name, number=asked, patience_s=ANSWER_S / 2)
+        # A request may come before the ranks have: it waits for them. To end, what has not begun need not be waited for.
+        patience_s = 0.0 if asked == signal.SIGKILL else ANSWER_S / 2
+        order = PassOn(job=meeting.job, node=hosts[number].name, number=asked, patience_s=patience_s)
         return way.carry(hosts[number], number, order)
 
     carriers = plan(config, hosts, job, way, meeting).carriers
@@ -175,8 +178,9 @@ def _shared_file(output: Path | None, job: str) -> Iterator[Path | None]:
     try:
         output.mkdir(parents=True, exist_ok=True)
         file.touch()
-        yield file
     except OSError as error:
         raise StorageError(f"output: got {str(output)!r}; it cannot be written ({error.strerror})") from error
+    try:
+        yield file
     finally:
         file.unlink(missing_ok=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import hashlib
 import json
 import os
 import signal
@@ -38,6 +39,8 @@ PASSED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGKILL)
 NOBODY = 3
 """The exit code where a signal was to be passed on to a job that this node does not have."""
 
+_END_S = 60.0
+"""How long killed ranks may take to be gone: those that wait for a disk or a device do not die at once."""
 _SIOCGIFADDR = 0x8915  # linux/sockios.h
 _UCRED = struct.Struct("iII")  # struct ucred: pid, uid, gid
 
@@ -109,7 +112,7 @@ def written(order: LookAround | RunRanks | PassOn) -> str:
 def main(argv: Sequence[str]) -> int:
     """Carry out one order. Returns the exit code."""
     try:
-        order = config.decode(_Envelope, {"order": json.loads(" ".join(argv))}).order
+        order = config.decode(_Envelope, {"order": json.loads(argv[0])}).order
         match order:
             case LookAround():
                 print(json.dumps(config.to_tree(look_around(order))), flush=True)
@@ -153,6 +156,7 @@ def interface_to(address: str) -> str | None:
 
 
 def run_ranks(order: RunRanks) -> int:
+    """Returns the exit code of the ranks. Raises StorageError."""
     count, cores = order.slots[order.node], len(os.sched_getaffinity(0))
     # gloo would resolve the host name, which on many machines gives 127.0.0.1, and then wait for minutes.
     needed = defaults(os.environ, ranks=count, cores=cores, interface=interface_to(order.address))
@@ -174,14 +178,17 @@ def run_ranks(order: RunRanks) -> int:
     if ranks.requested is None:
         show(ranks)
     codes = [member.code for member in ranks.failed or ranks.members if member.code]
-    killed = [-code for code in codes if code < 0]
-    said = codes[0] if codes and codes[0] < 128 else ScaletrainError.exit_code
-    return 128 + killed[0] if killed else said if codes else 0
+    if not codes:
+        return 0
+    killed = next((-code for code in codes if code < 0), None)
+    if killed is not None:
+        return 128 + killed
+    return codes[0] if codes[0] < 128 else ScaletrainError.exit_code  # Above are signals, and 255 is ssh's own.
 
 
 def _door(job: str, node: str) -> str:
     """A name in the abstract namespace of Unix sockets: it leaves no file, and goes with the process that holds it."""
-    return f"\0scaletrain-{job}-{node}"
+    return f"\0scaletrain-{hashlib.sha256(f'{job} {node}'.encode()).hexdigest()}"  # such a name has room for 107 bytes
 
 
 class _Ranks(Group):
@@ -197,7 +204,6 @@ class _Ranks(Group):
         if os.read(sys.stdin.fileno(), 4096):
             return True
         self.abandoned = True
-        self.cut_short()
         return False
 
     def answer(self, door: socket.socket) -> bool:
@@ -220,10 +226,11 @@ class _Ranks(Group):
 
 
 def pass_on(order: PassOn) -> int:
-    """`NOBODY` if there is no such job on this node."""
+    """Returns the exit code: `NOBODY` if there is no such job on this node. Raises TimeoutError."""
     last_try = time.monotonic() + order.patience_s
     while True:
         with socket.socket(socket.AF_UNIX) as door, contextlib.suppress(ConnectionError):
+            door.settimeout(_END_S)
             door.connect(_door(order.job, order.node))
             door.sendall(bytes([order.number]))
             answer = door.recv(1)

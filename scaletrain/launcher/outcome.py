@@ -53,7 +53,8 @@ def show(group: Group) -> None:
     spoken = {member.code for member in group.failed if member.planned.rank == 0}
     for member in group.failed:
         if member.planned.rank == 0 or member.code not in spoken:
-            print(*group.explain(member), sep="\n", file=sys.stderr)
+            for line in group.explain(member):
+                print(line, file=sys.stderr)
 
 
 def _recorded(record: Path | None) -> int | None:

@@ -103,6 +103,8 @@ class Onboarding:
 
     def close(self) -> None:
         """Lets go of the model."""
+        if self._ready is not None:
+            self._ready[0].engine.close()
         self._ready = None
         gc.collect()  # engines are full of cycles, and the next stage needs the memory
 

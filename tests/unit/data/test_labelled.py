@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from scaletrain import durable
 from scaletrain.config import decode
 from scaletrain.data import curate, labelled
+from scaletrain.data.freeze import freeze, thaw
 from scaletrain.data.labelled import SPLITS, Example, Labelled, LabelledConfig
 from scaletrain.data.tables import content_key
 from scaletrain.errors import ConfigError, CorpusError, StorageError
@@ -124,7 +125,7 @@ BAD_FILES = [
     ("t.jsonl", GOOD + '{"text": "y", "label": " "}\n', r"line 2: label: got ' '; a label is not empty"),
     ("t.jsonl", GOOD + '{"text": "\\ud800", "label": "b"}\n', r"line 2: text: got .*; half of a surrogate pair is no character"),
     ("t.jsonl", GOOD + '{"Sentence": 1, "label": 2}\n', r"there is no column 'text' .*Set data.columns.text to one of them"),
-    ("t.csv", "Text,label\nx,a\n", r"t.csv, line 2: got 'columns Text, label'; .*Set data.columns.text to 'Text'"),
+    ("t.csv", "TEXT,label\nx,a\n", r"t.csv, line 2: got 'columns TEXT, label'; .*Set data.columns.text to 'TEXT'"),
     ("t.csv", "text,labels\nx,a\n", r"there is no column 'label' \(data.columns.label\). Set data.columns.label to 'labels'"),
     ("t.csv", "text,label\nx,a\n\ny,b,c\n", r"t.csv, line 4: got '3 fields'; the header names 2 columns"),
     ("t.csv", 'text,label\n"x\ny",a\n"z\nz",b,c\n', r"t.csv, line 4: got '3 fields'"),
@@ -402,15 +403,15 @@ def test_freezing_and_thawing_changes_nothing(
     examples = tuple(Example(content_key(*one), *one) for one in dict.fromkeys(drawn))
     task = Labelled({split: examples[place:] for place, split in enumerate(SPLITS)}, ("a", "b"), {"train": {"read": number}})
     folder = tmp_path_factory.mktemp("frozen") / "task"
-    digest = labelled.freeze(task, folder)
-    assert labelled.thaw(folder) == task
-    assert labelled.freeze(labelled.thaw(folder), folder) == digest
+    digest = freeze(task, folder)
+    assert thaw(folder) == task
+    assert freeze(thaw(folder), folder) == digest
 
 
 @pytest.fixture
 def frozen(task: Callable[..., Labelled], tmp_path: Path) -> tuple[Labelled, Path]:
     read = task(ROWS)
-    labelled.freeze(read, tmp_path / "lineage" / "task")
+    freeze(read, tmp_path / "lineage" / "task")
     return read, tmp_path / "lineage" / "task"
 
 
@@ -424,14 +425,14 @@ def test_a_frozen_folder_is_text_that_people_can_read(frozen: tuple[Labelled, Pa
         "key": first.key, "text": first.text, "pair": None, "label": first.label
     }  # fmt: skip
     folder = folder.with_name("unicode")
-    labelled.freeze(Labelled({**read.splits, "gate": (Example("k", "苏黎世 Zürich", None, "plus"),)}, read.labels, {}), folder)
+    freeze(Labelled({**read.splits, "gate": (Example("k", "苏黎世 Zürich", None, "plus"),)}, read.labels, {}), folder)
     assert (folder / "gate.jsonl").read_text("utf-8") == '{"key": "k", "text": "苏黎世 Zürich", "pair": null, "label": "plus"}\n'
 
 
 def test_freezing_the_same_again_writes_nothing(frozen: tuple[Labelled, Path]) -> None:
     read, folder = frozen
     before = {file: file.stat().st_mtime_ns for file in [folder, *folder.iterdir()]}
-    labelled.freeze(read, folder)
+    freeze(read, folder)
     assert {file: file.stat().st_mtime_ns for file in [folder, *folder.iterdir()]} == before
 
 
@@ -440,13 +441,13 @@ def test_freezing_something_else_names_the_first_difference(frozen: tuple[Labell
     gate = read.splits["gate"]
     other = Labelled({**read.splits, "gate": (*gate[:3], read.splits["test"][0], *gate[4:])}, read.labels, read.report)
     with pytest.raises(CorpusError, match=r"task/gate.jsonl, line 4: got Example\(.*the folder was frozen with Example\("):
-        labelled.freeze(other, folder)
+        freeze(other, folder)
     shorter = Labelled({**read.splits, "gate": gate[:-1]}, read.labels, read.report)
     with pytest.raises(CorpusError, match=rf"task/gate.jsonl, line {len(gate)}: got None; the folder was frozen with Example"):
-        labelled.freeze(shorter, folder)
+        freeze(shorter, folder)
     with pytest.raises(CorpusError, match=r"task/task.json: report: got .*'duplicates': 1"):
-        labelled.freeze(task([*ROWS, ROWS[0]]), folder)
-    assert labelled.thaw(folder) == read
+        freeze(task([*ROWS, ROWS[0]]), folder)
+    assert thaw(folder) == read
 
 
 @pytest.mark.parametrize("name", [*(f"{split}.jsonl" for split in SPLITS), "task.json"])
@@ -456,17 +457,17 @@ def test_thawing_names_a_file_that_was_altered_or_is_missing(name: str, frozen: 
     for altered in (good.replace("plus", "minus", 1), good[:-3], ""):
         file.write_text(altered)
         with pytest.raises(CorpusError, match=rf"{name}(: digest)?: got "):
-            labelled.thaw(frozen[1])
+            thaw(frozen[1])
     file.unlink()
     with pytest.raises(CorpusError, match=rf"{name}: got 'No such file or directory'; a frozen task has this file"):
-        labelled.thaw(frozen[1])
+        thaw(frozen[1])
 
 
 def test_a_folder_frozen_by_another_format_is_refused(frozen: tuple[Labelled, Path]) -> None:
     file = frozen[1] / "task.json"
     file.write_text(file.read_text().replace('"format": 1', '"format": 2'))
     with pytest.raises(CorpusError, match=r"task.json: format: got 2; this program reads format 1"):
-        labelled.thaw(frozen[1])
+        thaw(frozen[1])
 
 
 def test_a_freeze_that_fails_leaves_no_folder_and_the_next_one_starts_clean(
@@ -482,11 +483,11 @@ def test_a_freeze_that_fails_leaves_no_folder_and_the_next_one_starts_clean(
 
     monkeypatch.setattr(durable, "write", fail_late)
     with pytest.raises(StorageError, match=r"another: got 'No space left on device'"):
-        labelled.freeze(read, folder)
+        freeze(read, folder)
     assert not folder.exists()
     monkeypatch.undo()
-    labelled.freeze(read, folder)
-    assert labelled.thaw(folder) == read
+    freeze(read, folder)
+    assert thaw(folder) == read
     assert sorted(path.name for path in folder.parent.iterdir()) == ["another", "task"]
 
 
@@ -502,8 +503,8 @@ def test_clinc150_without_its_out_of_scope_examples(data_folder: Path, tmp_path:
     assert (len(read.labels), len(read.splits["test"]), read.majority("test")) == (150, 3000, 1 / 150)
     assert set(Counter(one.label for one in read.splits["train"]).values()) == {40}
     assert set(Counter(one.label for one in read.splits["gate"]).values()) == {10}
-    labelled.freeze(read, tmp_path / "clinc150")
-    assert labelled.thaw(tmp_path / "clinc150") == read
+    freeze(read, tmp_path / "clinc150")
+    assert thaw(tmp_path / "clinc150") == read
 
 
 def test_rte_is_a_task_of_pairs(data_folder: Path) -> None:

@@ -98,6 +98,8 @@ def test_the_ranks_of_a_node_are_shown_under_what_carries_them_there() -> None:
     ]
 
 
-@pytest.mark.parametrize(("tree", "kind"), [({"ranks": 2}, LocalConfig), ({"name": "deepspeed", "hostfile": "x"}, DeepspeedConfig)])
+@pytest.mark.parametrize(
+    ("tree", "kind"), [({"ranks": 2}, LocalConfig), ({"name": "deepspeed", "hostfile": "x"}, DeepspeedConfig)]
+)
 def test_a_backend_without_a_name_is_the_local_one(tree: dict[str, object], kind: type) -> None:
     assert isinstance(config.decode(LaunchConfig, {"backend": tree}).backend, kind)

@@ -44,7 +44,9 @@ def test_pdsh_finds_nothing_to_replace_but_the_host() -> None:
     assert carrier.env == {"PDSH_SSH_ARGS": "-Fa%%h %h"}
 
 
-@given(st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0")), st.text(st.characters(exclude_characters="\0")))
+@given(
+    st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0")), st.text(st.characters(exclude_characters="\0"))
+)
 def test_arguments_and_variables_pass_through_a_shell_unchanged(argument: str, value: str) -> None:
     order = RunRanks(job="j", node="n1", slots={"n1": 1}, argv=("x", argument), address="n1", port=1, grace_s=1, peer_grace_s=1)
     words = shlex.split(transport(environment={"A": value}).carry(HOST, 0, order).argv[-1])
@@ -65,9 +67,13 @@ def test_an_interface_that_was_chosen_is_that_of_gloo_and_nccl() -> None:
     assert carried(given, (), "eth0").items() >= {"GLOO_SOCKET_IFNAME": "eth0", "NCCL_SOCKET_IFNAME": "eth0"}.items()
 
 
-@pytest.mark.parametrize("name", ["HF_TOKEN", "AWS_SECRET_ACCESS_KEY", "PGPASSWORD", "WANDB_API_KEY", "SSH_KEY", "GIT_CREDENTIALS"])
+@pytest.mark.parametrize(
+    "name", ["HF_TOKEN", "AWS_SECRET_ACCESS_KEY", "PGPASSWORD", "WANDB_API_KEY", "SSH_KEY", "GIT_CREDENTIALS"]
+)
 def test_a_secret_is_not_carried(name: str) -> None:
-    with pytest.raises(ConfigError, match=rf"^backend.environment: got '{name}'; the process list of every node shows the values"):
+    with pytest.raises(
+        ConfigError, match=rf"^backend.environment: got '{name}'; the process list of every node shows the values"
+    ):
         carried({name: "x"}, (name,), None)
 
 
