@@ -74,13 +74,16 @@ VERBS: Mapping[str, Verb] = {
     "continual": Verb(
         module="scaletrain.recipes.continual",
         summary="learn a stream of tasks onto one model: train, evaluate, judge, publish; continues where the lineage stands",
-        permissions={"retry": "try tasks again that the gate did not accept"},
+        permissions={"retry": "try tasks again that the gate did not accept", "abandon": "give up what is under way first"},
         ranks=True,
     ),
     "onboard": Verb(
         module="scaletrain.recipes.onboard",
         summary="one more task onto the published model of a lineage",
-        permissions={"retry": "try the task again although the gate did not accept it"},
+        permissions={
+            "retry": "try the task again although the gate did not accept it",
+            "abandon": "give up what is under way first",
+        },
         ranks=True,
         embedded=True,
         places=("lineage", "task"),

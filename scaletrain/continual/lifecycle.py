@@ -25,6 +25,7 @@ from scaletrain.errors import ConfigError
 
 CONCLUSIONS = {"accept": "published", "refuse": "refused", "undecidable": "undecided"}
 """Verdict of the gate -> the entry that ends an onboarding."""
+ABANDONED = "abandoned"
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,12 +68,12 @@ class Lifecycle:
         for entry in self.entries():
             if entry["event"] == "begun":
                 found = Attempt(entry["task"], entry["version"], entry["base"], entry["digest"])
-            elif entry["event"] in CONCLUSIONS.values():
+            elif entry["event"] in (*CONCLUSIONS.values(), ABANDONED):
                 found = None
         return found
 
     def concluded(self, task: str) -> str | None:
-        """The entry that ended the last attempt on a task; None where there was none, or one is under way."""
+        """The entry that ended the last attempt on a task; None where there was none, or it was given up, or is under way."""
         found = None
         for entry in self.entries():
             if entry.get("task") == task:
@@ -97,7 +98,7 @@ class Lifecycle:
         """Gives up what is under way, if anything is."""
         going = self.under_way()
         if going is not None:
-            self._append("refused", task=going.task, version=going.version, reason="abandoned")
+            self._append(ABANDONED, task=going.task, version=going.version)
         return going
 
     def conclude(self, attempt: Attempt, work: Work) -> str:

@@ -204,6 +204,7 @@ class _Ranks(Group):
         if os.read(sys.stdin.fileno(), 4096):
             return True
         self.abandoned = True
+        self.cut_short()
         return False
 
     def answer(self, door: socket.socket) -> bool:

@@ -42,15 +42,18 @@ class ContinualConfig(LineageConfig):
 Config = ContinualConfig
 
 
-def main(config: ContinualConfig, *, retry: bool = False) -> dict[str, Any] | None:
+def main(config: ContinualConfig, *, retry: bool = False, abandon: bool = False) -> dict[str, Any] | None:
     """Runs, or continues, the stream; returns its figures on rank 0.
 
     Raises RefusedError or UndecidedError where the gate did not accept a candidate and ``on_refusal`` is ``stop``, unless
-    ``retry`` lets tasks that were not published be tried again. Raises RequeueError where it was asked to stop.
+    ``retry`` lets tasks that were not published be tried again. ``abandon`` gives up what is under way first, such as a task that
+    was begun with other settings. Raises RequeueError where it was asked to stop.
     """
     with Session(config.output, config.compute.device) as session, StopRequest() as stop:
         stream = Stream(config.lineage, config.output, session, stop)
         with stream.held():
+            if abandon:
+                stream.abandon()
             adopted = stream.adopted()
             if adopted is not None:
                 stream.onboard(adopted, None)

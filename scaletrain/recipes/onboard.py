@@ -33,7 +33,7 @@ class OnboardConfig:
 Config = OnboardConfig
 
 
-def main(config: OnboardConfig, *, retry: bool = False) -> dict[str, Any] | None:
+def main(config: OnboardConfig, *, retry: bool = False, abandon: bool = False) -> dict[str, Any] | None:
     """Onboards the task, or continues to; returns how it ended, on rank 0. Raises what `continual` raises."""
     known = config.lineage / "config.yaml"
     if not known.exists():
@@ -44,6 +44,8 @@ def main(config: OnboardConfig, *, retry: bool = False) -> dict[str, Any] | None
     with Session(config.lineage, settings.compute.device) as session, StopRequest() as stop:
         stream = Stream(settings, config.lineage, session, stop)
         with stream.held():
+            if abandon:
+                stream.abandon()
             event = stream.onboard(task.name, task, retry=retry)
             result = {"task": task.name, "outcome": event, **stream.standing()}
         return result if dist.rank() == 0 else None

@@ -75,6 +75,12 @@ class Stream:
         scores = dist.from_first("reading a version", lambda: self._store.evaluation(version)["test"] if version else {})
         return {"published": version, "test": scores}
 
+    def abandon(self) -> None:
+        """Gives up the onboarding that is under way, if any is; what is published stays."""
+        given_up = self._lifecycle.abandon()
+        if given_up is not None and dist.rank() == 0:
+            print(f"version {given_up.version} was given up", flush=True)
+
     def result(self, tasks: Sequence[str]) -> dict[str, Any]:
         """The figures of the stream so far, with R; printed on rank 0 with the formulas."""
         rows = accuracies(self._lifecycle.entries(), tasks)

@@ -124,7 +124,9 @@ def test_what_is_abandoned_makes_way(tmp_path: Path) -> None:
     store = Store(tmp_path)
     with store.hold():
         Lifecycle(store, GATE).abandon()
+        assert Lifecycle(store, GATE).concluded("one") is None
     assert onboard(tmp_path, "two", Fake({"two": 180})) == "published"
+    assert onboard(tmp_path, "one", Fake({"two": 180, "one": 180})) == "published"
 
 
 def boundaries(folder: Path, monkeypatch: pytest.MonkeyPatch, die_at: int) -> int:
