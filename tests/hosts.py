@@ -9,10 +9,11 @@ from __future__ import annotations
 import os
 import secrets
 import shutil
+import signal
 import subprocess
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -72,7 +73,7 @@ def two_hosts(folder: Path) -> Iterator[Hosts]:
     with ExitStack() as stack:
         for namespace in namespaces:
             _do("ip", "netns", "add", namespace)
-            stack.callback(_do, "ip", "netns", "delete", namespace)
+            stack.callback(_tear_down, namespace)
             _do("ip", "-n", namespace, "link", "set", "lo", "up")
         first, second = namespaces
         _do("ip", "-n", first, "link", "add", "cable", "type", "veth", "peer", "name", "cable", "netns", second)
@@ -84,6 +85,14 @@ def two_hosts(folder: Path) -> Iterator[Hosts]:
         for address in ADDRESSES:
             _await_sshd(first, address)
         yield Hosts(namespaces, daemons, ssh_config)
+
+
+def _tear_down(namespace: str) -> None:
+    """With whatever a test that has failed may have left in it."""
+    for number in _do("ip", "netns", "pids", namespace).split():
+        with suppress(ProcessLookupError):
+            os.kill(int(number), signal.SIGKILL)
+    _do("ip", "netns", "delete", namespace)
 
 
 def _configured(folder: Path) -> tuple[Path, Path]:

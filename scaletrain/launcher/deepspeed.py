@@ -1,8 +1,8 @@
 """Ranks on the hosts of a DeepSpeed hostfile, through ssh or pdsh.
 
 Hostfile and transports are those of the ``deepspeed`` command. What is started on a node is our own `node`, and not
-``deepspeed.launcher.launch``: that dies of SIGUSR1 and leaves its ranks behind, and lives on with them when the launcher has gone;
-when it is killed the launcher ends with 0; and what cleans up after it is ``pkill -f``, which also hits other jobs of the user.
+``deepspeed.launcher.launch``: that dies of SIGUSR1 and leaves its ranks behind, or lives on with them when the launcher has gone;
+when it is killed the job ends with 0; and what cleans up after it is ``pkill -f``, which also hits other jobs of the user.
 
 Two things are asked of the nodes: the same paths (Python, scaletrain, the working folder), and one file system under the run
 folder, where rank 0 records how the job ended. Both are looked at before anything starts.

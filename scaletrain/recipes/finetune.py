@@ -51,7 +51,8 @@ def main(config: FinetuneConfig, *, fresh: bool = False) -> dict[str, Any] | Non
     with Session(config.output, config.compute.device) as session, StopRequest() as stop:
         for name in ("checkpoints", "metrics.jsonl", "tensorboard", "task", "model") if fresh else ():
             checkpoint.set_aside(config.output / name)
-        data = frozen(config.task, config.output / "task")
+        begun = dist.from_first("looking for checkpoints", (config.output / "checkpoints").exists)
+        data = frozen(config.task, config.output / "task", begun=begun)
         dist.from_first("writing the run's settings", lambda: dump(config, config.output / "config.yaml"))
         origin = open_start(config.model)
         origin.classifier.drop_blocks()

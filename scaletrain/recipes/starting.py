@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ from scaletrain import checkpoint, dist, model
 from scaletrain.checkpoint import Checkpoint
 from scaletrain.continual.store import published_model
 from scaletrain.data import labelled
-from scaletrain.data.freeze import freeze, thaw
+from scaletrain.data.freeze import MANIFEST, freeze, thaw
 from scaletrain.data.labelled import Example, Labelled, LabelledConfig
 from scaletrain.errors import CheckpointError
 from scaletrain.model import Classifier, ClassifierConfig
@@ -30,15 +31,19 @@ class TaskConfig:
     """Its examples."""
 
 
-def frozen(task: TaskConfig, folder: Path) -> Labelled:
-    """The task's data out of ``folder``, where rank 0 puts it first if it is not there yet. Collective.
+def frozen(task: TaskConfig, folder: Path, *, begun: bool) -> Labelled:
+    """The task's data out of ``folder``, where rank 0 puts it. Collective.
 
-    What is there already wins over the files that it was read from: a run that continues must not see other data.
+    Once training has ``begun``, what is there wins over the files that it was read from: a run that continues must not see other
+    data. Before, what an earlier start put there is read again: its settings may have been corrected.
     """
 
     def put() -> None:
-        if not (folder / "task.json").exists():
-            freeze(labelled.read(task.data), folder)
+        if begun and (folder / MANIFEST).exists():
+            return
+        read = labelled.read(task.data)
+        shutil.rmtree(folder, ignore_errors=True)
+        freeze(read, folder)
 
     dist.from_first("reading the task's examples", put)
     return thaw(folder)

@@ -123,7 +123,8 @@ class Stream:
     def _data(self, name: str, task: TaskConfig | None) -> Labelled:
         folder = self._store.task_folder(name)
         if task is not None:
-            return frozen(task, folder)
+            going = self._lifecycle.under_way()
+            return frozen(task, folder, begun=going is not None and going.task == name)
 
         def copy() -> None:
             freeze(thaw(Path(self._config.model.start) / "task"), folder)

@@ -268,14 +268,23 @@ def test_ranks_that_do_not_stop_are_killed_when_their_time_is_up(hosts: Hosts, t
 
 @both_transports
 @pytest.mark.usefixtures("nothing_left")
-def test_a_connection_that_breaks_is_a_lost_peer_and_its_host_is_named(hosts: Hosts, tmp_path: Path, transport: str) -> None:
+def test_a_host_whose_connection_broke_is_named_and_its_ranks_are_waited_for(
+    hosts: Hosts, tmp_path: Path, transport: str
+) -> None:
     settings = backend(hosts, tmp_path, transport, peer_grace_s=0.2)
-    with running(hosts, tmp_path, "", settings) as (launcher, _):
-        sessions = hosts.sessions(1)
-        os.kill(sessions[-1], signal.SIGKILL)
+    with running(hosts, tmp_path, "", settings) as (launcher, ranks):
+        (watching,) = [number for number, line in hosts.processes(1).items() if "run-ranks" in line]
+        os.kill(watching, signal.SIGSTOP)  # It does not notice yet that the launcher cannot see it any more.
+        for session in hosts.sessions(1):
+            os.kill(session, signal.SIGKILL)
+        assert wait_until(lambda: ranks[0] not in hosts.processes(0), timeout_s=20)
+        time.sleep(1.0)
+        assert launcher.poll() is None
+        os.kill(watching, signal.SIGCONT)
         assert launcher.wait(timeout=20) == 76
         assert launcher.stderr is not None
-        assert "error: the connection to beta broke" in launcher.stderr.read().splitlines()
+        said = [line for line in launcher.stderr.read().splitlines() if not line.startswith("pdsh@")]
+    assert said == ["error: the connection to beta broke"]
 
 
 # ------------------------------------------------------------------------------------------------- hosts that cannot be used
