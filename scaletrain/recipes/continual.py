@@ -54,6 +54,7 @@ def main(config: ContinualConfig, *, retry: bool = False, abandon: bool = False)
         with stream.held():
             if abandon:
                 stream.abandon()
+            stream.look_ahead(config.tasks)
             adopted = stream.adopted()
             if adopted is not None:
                 stream.onboard(adopted, None)

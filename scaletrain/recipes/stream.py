@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -11,9 +11,10 @@ from typing import Any
 from scaletrain import dist
 from scaletrain.config import dump, load_tree, to_tree
 from scaletrain.continual import metrics
-from scaletrain.continual.gate import require_decisive
+from scaletrain.continual.gate import require_decisive, require_known
 from scaletrain.continual.lifecycle import Attempt, Lifecycle, accuracies
 from scaletrain.continual.store import Store
+from scaletrain.data import labelled
 from scaletrain.data.freeze import freeze, frozen_digest, thaw
 from scaletrain.data.labelled import Labelled
 from scaletrain.errors import ConfigError, CorpusError, RefusedError, UndecidedError
@@ -21,6 +22,21 @@ from scaletrain.recipes.onboarding import LineageConfig, Onboarding
 from scaletrain.recipes.starting import TaskConfig, frozen, model_folder
 from scaletrain.recipes.student import digest_of
 from scaletrain.train.control import Session, StopRequest
+
+
+def require_fit(config: LineageConfig, tasks: Mapping[str, Labelled]) -> None:
+    """Raises CorpusError or ConfigError for tasks that cannot be learned, evaluated or judged together."""
+    first, *_ = tasks.values()
+    for name, data in tasks.items():
+        if not data.splits["test"]:
+            rule = "a stream is evaluated on the test split of every task"
+            raise CorpusError(f"task {name}: data.test", "no examples", rule, "Give it files, or data.test_fraction above 0")
+        if config.scenario == "domain" and data.labels != first.labels:
+            different = ", ".join(sorted(set(data.labels) ^ set(first.labels))[:5])
+            rule = f"domain-incremental tasks share one set of labels; in one only: {different}"
+            raise ConfigError(f"task {name}: labels", list(data.labels)[:20], rule, "Map the labels, or use scenario: class")
+    if config.gate is not None:
+        require_decisive(config.gate, {name: len(data.splits["gate"]) for name, data in tasks.items()})
 
 
 class Stream:
@@ -48,6 +64,22 @@ class Stream:
         start = Path(self._config.model.start)
         found = model_folder(start) if (start / "task" / "task.json").exists() else None
         return None if found is None else str(load_tree(start / "config.yaml")["task"]["name"])
+
+    def look_ahead(self, tasks: Sequence[TaskConfig]) -> None:
+        """Reads all that is still to be learned: the last task's files should not be found wanting after a week."""
+        learned, going = self._learned(self._base()), self._lifecycle.under_way()
+        begun = [*learned, *([going.task] if going else [])]
+        new = [task for task in tasks if task.name not in begun and self._lifecycle.concluded(task.name) is None]
+
+        def look() -> None:
+            known = {task: thaw(self._store.task_folder(task)) for task in begun}
+            coming = {task.name: labelled.read(task.data) for task in new}
+            if known | coming:
+                require_fit(self._config, known | coming)
+            if self._config.gate is not None:
+                require_known(self._config.gate, [*known, *coming])
+
+        dist.from_first("looking at the tasks to come", look)
 
     def onboard(self, name: str, task: TaskConfig | None, *, retry: bool = False) -> str:
         """Learns a task, or the rest of it; returns how it ended: published, refused or undecided.
@@ -134,24 +166,11 @@ class Stream:
 
     def _check(self, name: str, data: Labelled, base: str | None) -> None:
         """What would otherwise be found out after the training."""
-        if not data.splits["test"]:
-            rule = "a stream is evaluated on the test split of every task"
-            raise CorpusError(f"tasks: {name}", "no test examples", rule, "Give data.test, or data.test_fraction above 0")
         learned = self._learned(base)
         if name in learned:
             rule = f"version {base} has learned it already"
             raise ConfigError("task.name", name, rule, "Choose another name: a task with new data is a new task")
-        if self._config.scenario == "domain" and learned:
-            known = thaw(self._store.task_folder(learned[0])).labels
-            if data.labels != known:
-                different = sorted(set(data.labels) ^ set(known))[:5]
-                rule = f"domain-incremental tasks share one set of labels; {', '.join(different)} are in one only"
-                raise ConfigError(f"tasks: {name}", list(data.labels)[:20], rule, "Map the labels, or use scenario: class")
-        if self._config.gate is not None:
-            others = {task: thaw(self._store.task_folder(task)) for task in learned}
-            require_decisive(
-                self._config.gate, {task: len(each.splits["gate"]) for task, each in (others | {name: data}).items()}
-            )
+        require_fit(self._config, {task: thaw(self._store.task_folder(task)) for task in learned} | {name: data})
 
     def _learned(self, version: str | None) -> list[str]:
         found: list[str] = dist.from_first(
