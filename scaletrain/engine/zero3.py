@@ -102,8 +102,8 @@ class Zero3Engine(Engine):
     def close(self) -> None:
         super().close()
         self._engine.destroy()
-        # Two things of DeepSpeed's outlive an engine and hold its module: a stack at whose bottom lies every module there ever was,
-        # and the cache of a method, behind a decorator.
+        # Two things of DeepSpeed's outlive an engine and hold its module: a stack at whose bottom lies every module there ever
+        # was, and the cache of a method, behind a decorator.
         FWD_MODULE_STACK[:] = [module for module in FWD_MODULE_STACK if module is not self._model]
         for method in vars(PartitionedParameterCoordinator).values():
             for cell in getattr(method, "__closure__", None) or ():

