@@ -39,14 +39,15 @@ class Hosts:
 
     def processes(self, host: int) -> dict[int, str]:
         """Number and command line of what runs on a host, sshd apart."""
-        return {number: line for number, line in self._all(host).items() if not line.startswith(("sshd:", f"{SSHD} "))}
+        return {number: line for number, line in self._all(host).items() if not line.startswith("sshd:")}
 
     def sessions(self, host: int) -> list[int]:
-        """Process numbers of the connections that a host's sshd serves, the latest last."""
-        return sorted(number for number, line in self._all(host).items() if line.startswith("sshd: "))
+        """Process numbers of the connections that a host's sshd serves."""
+        return [number for number, line in self._all(host).items() if line.startswith("sshd:")]
 
     def _all(self, host: int) -> dict[int, str]:
-        listed = map(int, _do("ip", "netns", "pids", self.namespaces[host]).split())
+        """Without the sshd that waits for connections."""
+        listed = {int(number) for number in _do("ip", "netns", "pids", self.namespaces[host]).split()} - {self.daemons[host]}
         return {number: line for number in listed if (line := _command_line(number))}
 
 

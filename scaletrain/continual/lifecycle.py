@@ -20,7 +20,7 @@ from typing import Any, Protocol
 
 from scaletrain import dist
 from scaletrain.continual.gate import GateConfig, Verdict, judge
-from scaletrain.continual.store import Store
+from scaletrain.continual.store import ROLLED_BACK, Store
 from scaletrain.errors import ConfigError
 
 CONCLUSIONS = {"accept": "published", "refuse": "refused", "undecidable": "undecided"}
@@ -64,13 +64,7 @@ class Lifecycle:
 
     def under_way(self) -> Attempt | None:
         """The onboarding that was begun and not concluded."""
-        found = None
-        for entry in self.entries():
-            if entry["event"] == "begun":
-                found = Attempt(entry["task"], entry["version"], entry["base"], entry["digest"])
-            elif entry["event"] in (*CONCLUSIONS.values(), ABANDONED):
-                found = None
-        return found
+        return under_way(self.entries())
 
     def concluded(self, task: str) -> str | None:
         """The entry that ended the last attempt on a task; None where there was none, or it was given up, or is under way."""
@@ -80,18 +74,23 @@ class Lifecycle:
                 found = entry["event"] if entry["event"] in CONCLUSIONS.values() else None
         return found
 
+    def require_free(self, task: str) -> None:
+        """Raises ConfigError where the onboarding of another task is under way."""
+        going = self.under_way()
+        if going is not None and going.task != task:
+            raise _occupied(task, f"the task {going.task!r}", going)
+
     def begin(self, task: str, digest: str, base: str | None) -> Attempt:
         """A new attempt, or the one under way if it is this one. Raises ConfigError if it is another one."""
+        self.require_free(task)
         going = self.under_way()
         if going is None:
             number = 1 + sum(entry["event"] == "begun" for entry in self.entries())
             attempt = Attempt(task, f"{number:04d}-{task}", base, digest)
             self._append("begun", task=task, version=attempt.version, base=base, digest=digest)
             return attempt
-        if (going.task, going.digest) != (task, digest):
-            other = "other settings or data" if going.task == task else f"the task {going.task!r}"
-            rule = f"an onboarding with {other} is under way as version {going.version}"
-            raise ConfigError("task", task, rule, "Finish it with its own command, or give it up with --abandon")
+        if going.digest != digest:
+            raise _occupied(task, "other settings or data", going)
         return going
 
     def abandon(self) -> Attempt | None:
@@ -150,11 +149,35 @@ class Lifecycle:
         dist.from_first(f"writing {event!r} into the ledger", lambda: self._store.append(event, **facts))
 
 
+def _occupied(task: str, other: str, going: Attempt) -> ConfigError:
+    rule = f"an onboarding with {other} is under way as version {going.version}"
+    return ConfigError("task", task, rule, "Finish it with its own command, or give it up with --abandon")
+
+
+def under_way(entries: Sequence[Mapping[str, Any]]) -> Attempt | None:
+    """The attempt that was begun last, unless it was concluded or given up, or the lineage was rolled back since."""
+    found = None
+    for entry in entries:
+        if entry["event"] == "begun":
+            found = Attempt(entry["task"], entry["version"], entry["base"], entry["digest"])
+        elif entry["event"] in (*CONCLUSIONS.values(), ABANDONED, ROLLED_BACK):
+            found = None
+    return found
+
+
+def in_order(entries: Sequence[Mapping[str, Any]], tasks: Sequence[str]) -> list[str]:
+    """Those of ``tasks`` that the last candidate for any of them knows, in the order in which it learned them."""
+    found: list[str] = []
+    for entry in entries:
+        if entry["event"] == "evaluated" and entry["tasks"][-1] in tasks:
+            found = [task for task in entry["tasks"] if task in tasks]
+    return found
+
+
 def accuracies(entries: Sequence[Mapping[str, Any]], tasks: Sequence[str]) -> list[list[float]]:
-    """R: row t holds the accuracy on ``tasks[: t + 1]`` of the last candidate that was evaluated for ``tasks[t]``."""
-    rows: dict[str, list[float]] = {}
+    """R of tasks ``in_order``: row t holds the accuracy on ``tasks[: t + 1]`` of the last candidate for ``tasks[t]``."""
+    rows: dict[str, dict[str, float]] = {}
     for entry in entries:
         if entry["event"] == "evaluated":
-            scores = dict(zip(entry["tasks"], entry["row"], strict=True))
-            rows[entry["tasks"][-1]] = [scores[task] for task in entry["tasks"]]
-    return [rows[task] for task in tasks if task in rows]
+            rows[entry["tasks"][-1]] = dict(zip(entry["tasks"], entry["row"], strict=True))
+    return [[rows[last][task] for task in tasks[: place + 1]] for place, last in enumerate(tasks)]

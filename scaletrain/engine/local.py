@@ -59,16 +59,8 @@ class LocalEngine(Engine):
         for name in self._trainable:
             self._masters[name].grad = self._gradients[name]
             self._optimizer.state[self._masters[name]] = initial_state(self._masters[name])
-            self._parameters[name].register_post_accumulate_grad_hook(self._accumulate(name))
+            self._parameters[name].register_post_accumulate_grad_hook(_add_to(self._gradients[name]))
         self.module.train()
-
-    def _accumulate(self, name: str) -> Callable[[Tensor], None]:
-        def add(parameter: Tensor) -> None:
-            assert parameter.grad is not None
-            self._gradients[name].add_(parameter.grad.view(-1))
-            parameter.grad = None
-
-        return add
 
     def backward(self, loss: Tensor) -> None:
         loss.backward()
@@ -111,3 +103,17 @@ class LocalEngine(Engine):
         finally:
             for handle in handles:
                 handle.remove()
+
+
+def _add_to(gradient: Tensor) -> Callable[[Tensor], None]:
+    """A hook that moves a parameter's gradient into ``gradient``.
+
+    It knows nothing else: torch keeps hooks out of the collector's sight, and an engine that one knew would never be let go of.
+    """
+
+    def add(parameter: Tensor) -> None:
+        assert parameter.grad is not None
+        gradient.add_(parameter.grad.view(-1))
+        parameter.grad = None
+
+    return add

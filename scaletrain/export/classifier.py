@@ -21,7 +21,7 @@ from scaletrain.model import Classifier
 from scaletrain.model.folder import copy_tokenizer
 from scaletrain.model.network import quiet
 
-HEAD, SPEC = "head.safetensors", "classifier.json"
+HEAD, SPEC = "classifier.safetensors", "classifier.json"
 
 _RELOAD = """
 import json, sys
@@ -35,7 +35,7 @@ asked = json.loads(Path(request).read_text(encoding="utf-8"))
 torch.set_num_threads(asked["threads"])
 spec = json.loads(Path(folder, "classifier.json").read_text(encoding="utf-8"))
 tokenizer, encoder = AutoTokenizer.from_pretrained(folder), AutoModel.from_pretrained(folder, dtype=torch.float32).eval()
-head = {name: value.float() for name, value in load_file(Path(folder, "head.safetensors")).items()}
+head = {name: value.float() for name, value in load_file(Path(folder, "classifier.safetensors")).items()}
 assert len(spec["labels"]) == len(head["weight"])
 logits = {}
 with torch.no_grad():
@@ -61,7 +61,7 @@ def export_classifier(
     dtype: Literal["float32", "bfloat16"] = "float32",
     source: Mapping[str, Any] | None = None,
 ) -> ExportReport:
-    """Writes ``output``: config.json, model.safetensors and the tokenizer of the encoder, head.safetensors (`weight` [labels,
+    """Writes ``output``: config.json, model.safetensors and tokenizer of the encoder, classifier.safetensors (`weight` [labels,
     hidden], `bias` [labels]) and classifier.json (`labels`, `tasks` and `pooling`).
 
     In bfloat16 the logits compared are those of the rounded weights, computed in fp32. Raises InputError (the place is taken, no
@@ -103,3 +103,12 @@ def _write(classifier: Classifier, tokenizer_folder: Path, folder: Path, dtype: 
     }
     (folder / SPEC).write_text(json.dumps(spec, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     copy_tokenizer(tokenizer_folder, folder, classifier.max_positions)
+    _name_inputs(folder / "tokenizer_config.json", token_types=classifier.uses_token_types)
+
+
+def _name_inputs(settings: Path, *, token_types: bool) -> None:
+    """Has the tokenizer give the encoder what it was trained on: a pair without its token types is another pair."""
+    if settings.is_file():
+        names = ["input_ids", *(["token_type_ids"] if token_types else []), "attention_mask"]
+        tree = json.loads(settings.read_text(encoding="utf-8")) | {"model_input_names": names}
+        settings.write_text(json.dumps(tree, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

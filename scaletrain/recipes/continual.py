@@ -54,11 +54,13 @@ def main(config: ContinualConfig, *, retry: bool = False, abandon: bool = False)
         with stream.held():
             if abandon:
                 stream.abandon()
-            stream.look_ahead(config.tasks)
             adopted = stream.adopted()
+            names = [*([adopted] if adopted else []), *(task.name for task in config.tasks)]
+            stream.check_limits(names)
+            stream.look_ahead(config.tasks)
             if adopted is not None:
                 stream.onboard(adopted, None)
             for task in config.tasks:
                 stream.onboard(task.name, task, retry=retry)
-            result = stream.result([*([adopted] if adopted else []), *(task.name for task in config.tasks)])
+            result = stream.result(names)
         return result if dist.rank() == 0 else None

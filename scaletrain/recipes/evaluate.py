@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import warnings
 from collections.abc import Sequence
@@ -13,12 +14,13 @@ from pydantic import Field
 
 from scaletrain import dist, durable
 from scaletrain.data import curate, tables
-from scaletrain.data.freeze import thaw
+from scaletrain.data.curate import Row
+from scaletrain.data.freeze import MANIFEST, thaw
 from scaletrain.data.sources.files import expand
 from scaletrain.data.tables import ColumnsConfig, Example
-from scaletrain.errors import ConfigError
-from scaletrain.model import Block, ClassifierConfig
-from scaletrain.recipes.starting import model_folder, named, open_start
+from scaletrain.errors import ConfigError, CorpusError
+from scaletrain.model import Block
+from scaletrain.recipes.starting import model_folder, named, open_classifier
 from scaletrain.recipes.student import ComputeConfig, Student
 from scaletrain.tasks.classification import Scenario
 from scaletrain.tasks.confusion import Confusion, report_text
@@ -51,14 +53,17 @@ Config = EvaluateConfig
 def main(config: EvaluateConfig) -> dict[str, Any] | None:
     """Evaluates; returns the figures on rank 0 and leaves them, with the per-class report, in report.json."""
     with Session(config.output, config.compute.device) as session:
-        origin = open_start(ClassifierConfig(start=config.model))
+        origin = open_classifier(config.model)
         student = Student(config.compute, origin.classifier, origin.tokenizer_folder, session.device, scenario=config.scenario)
-        task = chosen_task(student.blocks, config.task)
-        examples = _read(config)
-        _warn_of_overlap(model_folder(Path(config.model)), task, examples)
-        table = student.score(student.encode(named(task, examples)))
+        block = chosen_block(student.blocks, config.task)
+        rows = _read(config)
+        examples = [example for _, example in curate.distinct(rows)]
+        _check_labels(rows, block)
+        counts = {"examples": len(examples), "duplicates": len(rows) - len(examples)}
+        counts["in_train"] = dist.from_first("reading what the model was trained on", lambda: _seen(config, block.task, examples))
+        table = student.score(student.encode(named(block.task, examples)))
         confusion = Confusion.of(table[:, 1], table[:, 2], len(student.labels))
-        result = {"task": task, "examples": len(examples), **student.task([], 0).summary(table)}
+        result = {"task": block.task, **counts, **student.task([], 0).summary(table)}
         labels = confusion.per_label(student.labels)
 
         def write() -> None:
@@ -70,27 +75,41 @@ def main(config: EvaluateConfig) -> dict[str, Any] | None:
         return result if dist.rank() == 0 else None
 
 
-def _read(config: EvaluateConfig) -> list[Example]:
+def _read(config: EvaluateConfig) -> list[Row]:
     files = expand([str(path) for path in config.files], tables.SUFFIXES, "files")
-    rows = curate.with_text([row for file in files for row in tables.examples(file, config.columns)], "error")
-    curate.check_keys(rows)
-    return [example for _, example in rows]
+    rows = [row for file in files for row in tables.examples(file, config.columns)]
+    if config.columns.key is not None:
+        curate.check_keys(rows)
+    return curate.with_text(rows, "error")
 
 
-def chosen_task(blocks: tuple[Block, ...], asked: str | None) -> str:
-    """The task that is asked for, or the only one."""
-    known = [block.task for block in blocks]
-    if asked is None and len(known) == 1:
-        return known[0]
-    if asked is None or asked not in known:
-        raise ConfigError("task", asked, f"the model knows {', '.join(known)}", "Name the one that the texts are of")
-    return asked
+def _check_labels(rows: Sequence[Row], block: Block) -> None:
+    for where, example in rows:
+        if example.label not in block.labels:
+            close = difflib.get_close_matches(example.label, block.labels, n=1)
+            rule = f"{block.task} has been learned with {len(block.labels)} labels: {', '.join(block.labels[:20])}"
+            remedy = f"Did you mean {close[0]!r}?" if close else "Correct the label, or leave the example out"
+            raise CorpusError(where, example.label, rule, remedy)
 
 
-def _warn_of_overlap(folder: Path | None, task: str, examples: Sequence[Example]) -> None:
-    """Texts that were trained on flatter a model; its run or lineage knows which they were."""
-    if folder is None or dist.rank():
-        return
-    for data in (folder.parent / "task", folder.parents[2] / "tasks" / task):
-        if (data / "task.json").exists() and (found := curate.seen(examples, thaw(data).splits["train"])):
-            warnings.warn(f"{found} of {len(examples)} texts stand in the training data of {task}", stacklevel=2)
+def chosen_block(blocks: Sequence[Block], asked: str | None) -> Block:
+    """That of the task that is asked for, or the only one."""
+    found = [block for block in blocks if asked in (None, block.task)]
+    if len(found) != 1:
+        known = ", ".join(block.task for block in blocks)
+        raise ConfigError("task", asked, f"the model knows {known}", "Name the one that the texts are of")
+    return found[0]
+
+
+def _seen(config: EvaluateConfig, task: str, examples: Sequence[Example]) -> int | None:
+    """How many texts the model was trained on, with a warning: they flatter it. None where its data is not beside it."""
+    folder = model_folder(Path(config.model))
+    assert folder is not None, "the model was opened"
+    lineage = folder.resolve().parent.parent.parent  # of versions/VERSION/model
+    data = next((each for each in (folder.parent / "task", lineage / "tasks" / task) if (each / MANIFEST).exists()), None)
+    if data is None:
+        return None
+    found = curate.seen(examples, thaw(data).splits["train"])
+    if found:
+        warnings.warn(f"{found} of {len(examples)} texts stand in the training data of {task}: they flatter it", stacklevel=2)
+    return found

@@ -13,7 +13,7 @@ from scaletrain.checkpoint import Checkpoint
 from scaletrain.errors import CheckpointError, ConfigError
 from scaletrain.export import export, export_classifier
 from scaletrain.model import ClassifierConfig
-from scaletrain.recipes.starting import model_folder, open_start
+from scaletrain.recipes.starting import hf_config_of, model_folder, open_start
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -48,7 +48,7 @@ def main(config: ExportConfig) -> dict[str, Any]:
     source = {"run": config.run.name, "step": chosen.progress.step, "files": chosen.manifest["files"]}
     report = export(
         checkpoint.weights(chosen),
-        chosen.progress.fixed["hf_config"],
+        hf_config_of(chosen, "run", config.run),
         config.run / "tokenizer",
         config.output,
         probe_texts=config.probe_texts,

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import Field
 
 from scaletrain import checkpoint, dist, durable, model
-from scaletrain.config import dump
+from scaletrain.config import dump, to_tree
 from scaletrain.continual.method import Active
 from scaletrain.data.labelled import Labelled
 from scaletrain.data.slots import Dealing
@@ -49,15 +49,14 @@ def main(config: FinetuneConfig, *, fresh: bool = False) -> dict[str, Any] | Non
     ``fresh`` sets what is there aside. Raises RequeueError, after a checkpoint, where the run was asked to stop.
     """
     with Session(config.output, config.compute.device) as session, StopRequest() as stop:
-        for name in ("checkpoints", "metrics.jsonl", "tensorboard", "task", "model") if fresh else ():
+        for name in ("checkpoints", "metrics.jsonl", "tensorboard", "task", "model", "report.json") if fresh else ():
             checkpoint.set_aside(config.output / name)
+        dealing = start_dealing(config.output)
         begun = dist.from_first("looking for checkpoints", (config.output / "checkpoints").exists)
         data = frozen(config.task, config.output / "task", begun=begun)
-        dist.from_first("writing the run's settings", lambda: dump(config, config.output / "config.yaml"))
         origin = open_start(config.model)
         origin.classifier.drop_blocks()
         model.grow(origin.classifier, Block(config.task.name, data.labels), config.seed)
-        dealing = start_dealing(config.output)
         student = Student(
             config.compute,
             origin.classifier,
@@ -68,10 +67,20 @@ def main(config: FinetuneConfig, *, fresh: bool = False) -> dict[str, Any] | Non
             dealing=Dealing(**dealing) if dealing else None,
         )
         train, validation = (named(config.task.name, data.splits[split]) for split in ("train", "validation"))
-        identity = {"model.start": origin.digest}
+        read_with = {f"task.data.{key}": repr(value) for key, value in to_tree(config.task.data).items()}
+        start = {"model.pooling": origin.classifier.head.pooling, "model.start": origin.digest}
+        identity = {"task.name": config.task.name, **read_with, **start}
         stage = Stage(config.training, config.output, student, StageData(train, validation), config.seed, identity)
+        settings = _resolved(config, student.dealing)
+        dist.from_first("writing the run's settings", lambda: dump(settings, config.output / "config.yaml"))
         kept = stage.run(lambda _: Active(), session, stop)
         return _finish(config, student, data, kept)
+
+
+def _resolved(config: FinetuneConfig, dealing: Dealing) -> FinetuneConfig:
+    """The settings with what the fresh start decided: they give the same run on another number of ranks."""
+    slots = replace(config.compute.slots, slot_multiple=dealing.slot_multiple)
+    return replace(config, compute=replace(config.compute, slots=slots))
 
 
 def _finish(config: FinetuneConfig, student: Student, data: Labelled, kept: Kept) -> dict[str, Any] | None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from scaletrain import config as configuration
 from scaletrain import dist
-from scaletrain.errors import ConfigError
+from scaletrain.continual.store import Store
 from scaletrain.recipes.onboarding import LineageConfig
 from scaletrain.recipes.starting import TaskConfig
 from scaletrain.recipes.stream import Stream
@@ -35,17 +35,15 @@ Config = OnboardConfig
 
 def main(config: OnboardConfig, *, retry: bool = False, abandon: bool = False) -> dict[str, Any] | None:
     """Onboards the task, or continues to; returns how it ended, on rank 0. Raises what `continual` raises."""
-    known = config.lineage / "config.yaml"
-    if not known.exists():
-        rule = "it is no lineage: it has no config.yaml"
-        raise ConfigError("lineage", str(config.lineage), rule, "Begin one with `scaletrain continual`")
-    settings = configuration.load(LineageConfig, known, ())
+    Store(config.lineage).check()
+    settings = configuration.load(LineageConfig, config.lineage / "config.yaml", ())
     task = configuration.load(TaskConfig, config.task, ())
     with Session(config.lineage, settings.compute.device) as session, StopRequest() as stop:
         stream = Stream(settings, config.lineage, session, stop)
         with stream.held():
             if abandon:
                 stream.abandon()
+            stream.look_ahead([task])
             event = stream.onboard(task.name, task, retry=retry)
             result = {"task": task.name, "outcome": event, **stream.standing()}
         return result if dist.rank() == 0 else None

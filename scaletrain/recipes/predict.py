@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import difflib
 import itertools
 import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Annotated, Any, Literal
@@ -15,15 +16,15 @@ import numpy as np
 import torch
 from pydantic import Field
 
-from scaletrain import dist
+from scaletrain import dist, durable
 from scaletrain.data import tables
 from scaletrain.data.examples import encode
 from scaletrain.data.plan import Picks
+from scaletrain.data.sources.files import read_lines
 from scaletrain.data.tables import ColumnsConfig, Example
 from scaletrain.errors import CorpusError, StorageError
-from scaletrain.model import ClassifierConfig
-from scaletrain.recipes.evaluate import chosen_task
-from scaletrain.recipes.starting import Origin, open_start
+from scaletrain.recipes.evaluate import chosen_block
+from scaletrain.recipes.starting import open_classifier
 from scaletrain.recipes.student import frame_of
 from scaletrain.tasks.classification import Classification, Scenario, visible_columns
 
@@ -37,7 +38,7 @@ class PredictConfig:
     input: Path | None = None
     """A .txt file (a text a line), or a table as a task's data is; empty: standard input, a text a line."""
     output: Path | None = None
-    """A file to write; empty: standard output."""
+    """A file to write, whole or not at all; empty: standard output, a batch at a time."""
     columns: ColumnsConfig = field(default_factory=ColumnsConfig)
     """Which column of a table holds what; a label is not needed."""
     lines: Literal["text", "json"] = "text"
@@ -60,7 +61,7 @@ Config = PredictConfig
 
 
 def main(config: PredictConfig) -> None:
-    """Answers every text, in order. Raises InputError for a row without a text."""
+    """Answers every text, in order. Raises CorpusError at a row without a text, with nothing said of its batch."""
     predictor = Predictor(config)
     with ExitStack() as stack:
         out = sys.stdout if config.output is None else stack.enter_context(_written(config.output))
@@ -75,15 +76,14 @@ class Predictor:
     """A classifier in one process, without an engine: it only ever looks ahead."""
 
     def __init__(self, config: PredictConfig) -> None:
-        origin: Origin = open_start(ClassifierConfig(start=config.model))
+        origin = open_classifier(config.model)
         self._config, self._tokenizer_folder = config, origin.tokenizer_folder
         self._device = dist.device(config.device)
         self._classifier = origin.classifier.eval().to(self._device)
         self.blocks = self._classifier.head.blocks
         several = len(self.blocks) > 1
         self._labels = [(block.task, label) if several else ("", label) for block in self.blocks for label in block.labels]
-        known = [block.task for block in self.blocks]
-        self._task = known.index(chosen_task(self.blocks, config.task)) if config.scenario == "task" else 0
+        self._task = self.blocks.index(chosen_block(self.blocks, config.task)) if config.scenario == "task" else 0
         self._visible = visible_columns(config.scenario, [len(block.labels) for block in self.blocks])
         self._frame = frame_of(origin.tokenizer_folder, self._classifier)
 
@@ -118,20 +118,28 @@ def _texts(config: PredictConfig) -> Iterator[tuple[str, str | None]]:
     if config.input is not None and not config.input.name.endswith(".txt"):
         yield from (_text(row, where, config.columns) for where, row in tables.rows(config.input))
         return
-    with ExitStack() as stack:
-        stream = sys.stdin if config.input is None else stack.enter_context(_read(config.input))
-        for number, line in enumerate(stream, start=1):
-            where = f"{config.input or 'standard input'}, line {number}"
-            if config.input is None and config.lines == "json":
-                yield _text(_object(line, where), where, config.columns)
-            else:
-                yield _text({config.columns.text: line.rstrip("\n")}, where, ColumnsConfig(text=config.columns.text))
+    for number, line in _standard_input() if config.input is None else read_lines(config.input):
+        where = f"{config.input or 'standard input'}, line {number}"
+        if config.input is None and config.lines == "json":
+            yield _text(_object(line, where), where, config.columns)
+        else:
+            yield _text({config.columns.text: line}, where, ColumnsConfig(text=config.columns.text))
+
+
+def _standard_input() -> Iterator[tuple[int, str]]:
+    """(number from 1, line without its end). As bytes: how a terminal decodes them is a setting of the machine."""
+    for number, line in enumerate(sys.stdin.buffer, start=1):
+        try:
+            yield number, line.decode().rstrip("\r\n")
+        except UnicodeDecodeError as error:
+            found = line[error.start : error.start + 8]
+            raise CorpusError(f"standard input, line {number}", found, "text is UTF-8", "Convert it to UTF-8") from None
 
 
 def _object(line: str, where: str) -> Mapping[str, Any]:
     try:
         found = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CorpusError(where, line[:40], f"it is not valid JSON ({error})", "Give an object a line, or lines=text") from None
     if not isinstance(found, dict):
         raise CorpusError(where, line[:40], "a line is a JSON object", 'Write {"text": ...}, or use lines=text')
@@ -139,26 +147,41 @@ def _object(line: str, where: str) -> Mapping[str, Any]:
 
 
 def _text(row: Mapping[str, Any], where: str, columns: ColumnsConfig) -> tuple[str, str | None]:
-    def value(column: str) -> str:
-        found = row.get(column)
-        if not isinstance(found, str) or not found.strip():
-            rule = f"the column {column!r} holds the text to label"
-            raise CorpusError(where, found, rule, "Name the column with columns.text (and columns.pair), or leave the row out")
+    def value(role: str, column: str) -> str:
+        if column not in row:
+            close = difflib.get_close_matches(column, list(row), n=1, cutoff=0.5)
+            remedy = f"Set columns.{role} to {close[0]!r}" if close else f"Set columns.{role} to one of them"
+            raise CorpusError(where, f"columns {', '.join(row)}", f"there is no column {column!r} (columns.{role})", remedy)
+        found = row[column]
+        if not isinstance(found, str) or not found.strip() or not _is_unicode(found):
+            raise CorpusError(where, found, f"the column {column!r} holds a text to label", "Write one, or leave the row out")
         return found
 
-    return value(columns.text), None if columns.pair is None else value(columns.pair)
+    return value("text", columns.text), None if columns.pair is None else value("pair", columns.pair)
 
 
-def _read(path: Path) -> IO[str]:
+def _is_unicode(text: str) -> bool:
+    r"""JSON can spell half a character (``"\ud800"``), which no tokenizer takes."""
     try:
-        return path.open(encoding="utf-8")
-    except OSError as error:
-        raise CorpusError("input", str(path), f"it cannot be read ({error.strerror})", "Check the path") from None
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
-def _written(path: Path) -> IO[str]:
+@contextmanager
+def _written(path: Path) -> Iterator[IO[str]]:
+    """A file that takes the place of ``path`` once it is whole. What is there may be the input."""
+    partial = path.with_name(f".{path.name}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        return path.open("w", encoding="utf-8")
+        with partial.open("w", encoding="utf-8") as out:
+            yield out
+        durable.sync(partial)
+        partial.replace(path)
+        durable.sync(path.parent)
     except OSError as error:
         raise StorageError(f"output: got {str(path)!r}; it cannot be written ({error.strerror}). Choose another file") from None
+    finally:
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""The whole way on a newcomer's machine: prepare, pretrain on two ranks, export, fill in masks. Nothing is downloaded.
+"""The whole way on a newcomer's machine, from text to a model that has learned three tasks. Nothing is downloaded.
 
 Every stage is a command that the user could have typed, run with settings that are left in the output folder.
 """
@@ -20,13 +20,15 @@ from pydantic import Field
 
 from scaletrain.data.dataset import Dataset
 from scaletrain.errors import ScaletrainError
+from scaletrain.recipes.docstrings import TASKS, write_tasks
 from scaletrain.train.console import curve
 from scaletrain.train.metrics import read_jsonl
 
-MASKED = (
-    "Return True if the string is [MASK].",
-    "If the optional argument is omitted, the [MASK] is used.",
-    "Raise [MASK] if the file does not exist.",
+TEXTS = (
+    "Parse the header of a message and return its address list.",
+    "Schedule a callback to be run in the event loop after a delay.",
+    "Return the logger with the specified name, creating it if necessary.",
+    "Compare two sequences of lines and generate the delta.",
 )
 
 
@@ -38,10 +40,10 @@ class QuickstartConfig:
     """Everything is written under this folder. Run again, what is finished there is not done again."""
     ranks: Annotated[int, Field(ge=1)] = 2
     """Processes that train together on this machine."""
-    steps: Annotated[int, Field(ge=1)] = 400
-    """Optimizer steps; some two minutes on two cores."""
+    steps: Annotated[int, Field(ge=1)] = 240
+    """Optimizer steps of the pretraining; some hundred seconds on two cores."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 1
-    """Of the run."""
+    """Of all runs."""
 
 
 Config = QuickstartConfig
@@ -50,51 +52,55 @@ Config = QuickstartConfig
 def main(config: QuickstartConfig) -> dict[str, Any]:
     """Runs all stages; returns what came out, which is also the last line printed."""
     began = time.monotonic()
-    trees = settings(config)
-    for name, tree in trees.items():
-        _write(config.output / f"{name}.yaml", tree)
+    trees = settings(config, write_tasks(config.output / "tasks"))
     file = {name: str(config.output / f"{name}.yaml") for name in trees}
+    for name, tree in trees.items():
+        Path(file[name]).write_text(yaml.safe_dump(tree, sort_keys=False))
+    launch = ["launch", f"backend.ranks={config.ranks}", "--"]
     _run("Prepare the text that ships with Python", ["prepare", "--config", file["prepare"]])
-    launch = ["launch", f"backend.ranks={config.ranks}", "--", "pretrain", "--config", file["pretrain"]]
-    _run(f"Pretrain a small BERT with ZeRO-3 on {config.ranks} ranks", launch)
-    exported = _run("Export it, reload it with plain transformers, and compare", ["export", "--config", file["export"]])
-
-    from scaletrain.export import fill_masks  # here: torch is slow to import, and the stages above run in processes of their own
+    _run(f"Pretrain a small BERT with ZeRO-3 on {config.ranks} ranks", [*launch, "pretrain", "--config", file["pretrain"]])
+    tuned = _run("Fine-tune it: which module does a docstring come from?", [*launch, "finetune", "--config", file["finetune"]])
+    streams = {
+        name: _run(f"Two more tasks, {how}", [*launch, "continual", "--config", file[name]])
+        for name, how in (
+            ("naive", "with nothing done against forgetting"),
+            ("protected", "with replay, elastic weight consolidation and distillation"),
+        )
+    }
+    exported = _run("Export what was published, and compare", ["export", "--config", file["export"]])
+    lineage = trees["protected"]["output"]
+    (config.output / "texts.txt").write_text("".join(f"{text}\n" for text in TEXTS))
+    _run("Label a few lines", ["predict", lineage, f"input={config.output / 'texts.txt'}"])
+    _run("One page about it all", ["report", lineage])
 
     run = list(read_jsonl(Path(trees["pretrain"]["output"]) / "metrics.jsonl"))
-    steps = [line for line in run if line["kind"] == "step"]
     evaluations = [line["scores"]["loss"] for line in run if line["kind"] == "eval"]
-    held_out = Dataset.open(Path(trees["prepare"]["output"]), "validation")
-    print("\nTraining loss\n" + curve([step["loss"] for step in steps]))
-    print("\nWhat it puts in the place of a mask")
-    for filled in fill_masks(Path(trees["export"]["output"]), MASKED, top_k=4):
-        print(f"  {filled.text}\n      " + "  ".join(f"{word} {chance:.0%}" for word, chance in filled.guesses))
+    print("\nLoss of the pretraining\n" + curve([line["loss"] for line in run if line["kind"] == "step"]))
     result = {
         "mlm_eval_loss_first": evaluations[0],
         "mlm_eval_loss_last": evaluations[-1],
-        "unigram_entropy": unigram_entropy(held_out),
+        "unigram_entropy": unigram_entropy(Dataset.open(Path(trees["prepare"]["output"]), "validation")),
+        "finetune_accuracy": tuned["accuracy"],
+        "majority_baseline": tuned["majority_baseline"],
+        **{name: _outcome(stream) for name, stream in streams.items()},
         "export_max_abs_diff": exported["max_abs_diff"],
-        "vocab_size": held_out.vocab_size,
-        "steps": len(steps),
-        "tokens_per_second": float(np.median([step["real_tokens_per_second"] for step in steps])),
         "seconds": round(time.monotonic() - began, 1),
     }
+    print(summary(result, streams))
     print(
-        f"\nHeld-out loss {result['mlm_eval_loss_first']:.2f} -> {result['mlm_eval_loss_last']:.2f} nats; "
-        f"guessing by word frequency alone cannot get under {result['unigram_entropy']:.2f}."
-        f"\nThe model is in {trees['export']['output']}, the run in {trees['pretrain']['output']}. Next:\n"
-        f"  tensorboard --logdir {trees['pretrain']['output']}/tensorboard\n"
-        f"  scaletrain launch backend.ranks={config.ranks} -- pretrain --config {file['pretrain']} steps={2 * config.steps}\n"
-        f"  scaletrain pretrain --help\n"
+        f"\nThe page is {lineage}/report.html, the model {trees['export']['output']}. Next:\n"
+        f"  scaletrain history {lineage}\n"
+        f"  echo 'Return the root of the tree.' | scaletrain predict {lineage} top=3\n"
+        f"  scaletrain onboard --lineage {lineage} --task MY_TASK.yaml\n"
     )
     return result
 
 
-def settings(config: QuickstartConfig) -> dict[str, dict[str, Any]]:
-    """The settings of each stage: those of configs/*/stdlib.yaml, with the paths of this run."""
-    prepared, run, exported = (str(config.output / name) for name in ("corpus", "run", "model"))
+def settings(config: QuickstartConfig, files: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The settings of each stage; ``files``: task -> split -> its files."""
+    at = {name: str(config.output / name) for name in ("corpus", "pretrain", "finetune", "naive", "protected", "model")}
     prepare = {
-        "output": prepared,
+        "output": at["corpus"],
         "source": {"name": "stdlib"},
         "validation_fraction": 0.05,
         "clean": {"min_characters": 20},
@@ -103,18 +109,41 @@ def settings(config: QuickstartConfig) -> dict[str, dict[str, Any]]:
         "chunks_per_shard": 4096,
     }
     pretrain = {
-        "output": run,
+        "output": at["pretrain"],
         "steps": config.steps,
         "seed": config.seed,
         "model": {"architecture": "bert", "layers": 2, "hidden": 128, "heads": 4, "max_positions": 128, "dropout": 0.0},
-        "data": {"corpora": [{"path": prepared}], "chunks_per_step": 64, "slots": {"micro_batch_tokens": 2048}},
+        "data": {"corpora": [{"path": at["corpus"]}], "chunks_per_step": 64, "slots": {"micro_batch_tokens": 2048}},
         "optimizer": {"learning_rate": 2e-3},
         "schedule": {"name": "linear", "warmup_share": 0.1},
-        "evaluation": {"every_steps": 100},
-        "checkpoint": {"every_steps": 200},
-        "metrics": {"log_every": 20},
+        "evaluation": {"every_steps": config.steps},
+        "checkpoint": {"every_steps": config.steps},
+        "metrics": {"log_every": 40},
     }
-    return {"prepare": prepare, "pretrain": pretrain, "export": {"run": run, "output": exported}}
+    first, *further = ({"name": name, "data": {**files[name], "validation_fraction": 0, "conflicts": "keep"}} for name in TASKS)
+    training = {
+        "epochs": 8,
+        "batch_size": 32,
+        "optimizer": {"learning_rate": 1e-3},
+        "selection": {"keep": "last"},
+        "metrics": {"log_every": 100, "tensorboard": False},
+    }
+    shared = {"seed": config.seed, "training": training}
+    finetune = {**shared, "output": at["finetune"], "model": {"start": at["pretrain"]}, "task": first}
+    stream = {**shared, "model": {"start": at["finetune"]}, "tasks": further, "gate": {"max_drop": 0.2}}
+    methods = [
+        {"name": "replay", "capacity": 600, "per_new": 1.0, "seed": config.seed},
+        {"name": "ewc", "strength": 100.0, "samples": 128},
+        {"name": "lwf", "strength": 1.0},
+    ]
+    return {
+        "prepare": prepare,
+        "pretrain": pretrain,
+        "finetune": finetune,
+        "naive": {**stream, "output": at["naive"], "on_refusal": "continue"},
+        "protected": {**stream, "output": at["protected"], "methods": methods},
+        "export": {"run": at["protected"], "output": at["model"]},
+    }
 
 
 def unigram_entropy(dataset: Dataset) -> float:
@@ -124,9 +153,26 @@ def unigram_entropy(dataset: Dataset) -> float:
     return float(-(shares * np.log(shares)).sum())
 
 
-def _write(file: Path, tree: Mapping[str, Any]) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(yaml.safe_dump(dict(tree), sort_keys=False))
+def summary(result: Mapping[str, Any], streams: Mapping[str, Mapping[str, Any]]) -> str:
+    """The two streams side by side, and what the numbers before them were."""
+    lines = [
+        f"\nHeld-out loss {result['mlm_eval_loss_first']:.2f} -> {result['mlm_eval_loss_last']:.2f} nats; guessing by word "
+        f"frequency alone cannot get under {result['unigram_entropy']:.2f}.",
+        f"Fine-tuned accuracy {result['finetune_accuracy']:.3f}; always naming the most frequent module: "
+        f"{result['majority_baseline']:.3f}.",
+        "",
+        f"{'':<12}{'average accuracy':>18}{'forgetting':>12}   gate",
+    ]
+    for name, stream in streams.items():
+        said = ", ".join(f"{task}: {event}" for task, event in stream["gate"].items())
+        lines.append(f"{name:<12}{stream['average_accuracy']:>18.3f}{stream['forgetting']:>12.3f}   {said}")
+    return "\n".join(lines)
+
+
+def _outcome(stream: Mapping[str, Any]) -> dict[str, Any]:
+    """``gate`` is what became of the last task: published, refused or undecided."""
+    *_, last = stream["gate"].values()
+    return {"average_accuracy": stream["average_accuracy"], "forgetting": stream["forgetting"], "gate": last}
 
 
 def _run(title: str, arguments: list[str]) -> dict[str, Any]:
@@ -135,13 +181,17 @@ def _run(title: str, arguments: list[str]) -> dict[str, Any]:
     with subprocess.Popen([sys.executable, "-m", "scaletrain", *arguments], stdout=subprocess.PIPE, text=True) as stage:
         assert stage.stdout is not None
         last = ""
-        for last in stage.stdout:
-            if not last.startswith("{"):
+        for line in stage.stdout:
+            if last:
                 print(last, end="", flush=True)
+            last = line
     if stage.returncode:
         error = ScaletrainError(
             f"`scaletrain {' '.join(arguments)}` ended with exit code {stage.returncode}; its message is above"
         )
         error.exit_code = stage.returncode
         raise error
-    return json.loads(last) if last.startswith("{") else {}
+    if last.startswith("{") and arguments[0] != "predict":
+        return dict(json.loads(last))
+    print(last, end="", flush=True)
+    return {}

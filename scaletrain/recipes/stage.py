@@ -24,7 +24,7 @@ from scaletrain.data.examples import Examples
 from scaletrain.data.plan import CorpusShape, Cursor, PhaseShape, Plan
 from scaletrain.data.slots import DealtPlan
 from scaletrain.engine import OptimizerConfig
-from scaletrain.errors import CorpusError, RequeueError
+from scaletrain.errors import CheckpointError, ConfigError, CorpusError, RequeueError
 from scaletrain.recipes.student import Named, Student, digest_of
 from scaletrain.train.console import Writers, open_writers
 from scaletrain.train.control import Session, StopRequest
@@ -103,16 +103,22 @@ class Stage:
         self.steps = math.ceil(config.epochs * pool / config.batch_size - 1e-9)
         self._plan = Plan(seed, [PhaseShape(shapes, per_step, self.steps)])
         self._dealt = DealtPlan(self._plan, [corpus.lengths for corpus in self.corpora], student.dealing)
-        self._dealt.check_world(dist.world(), multiple_follows=True)
+        self._dealt.check_world(dist.world(), multiple_follows=student.brings_multiple)
         self._every = config.selection.every_steps or math.ceil(pool / config.batch_size)
         self._validation = student.encode(data.validation) if data.validation else None
-        self._identity = {
+        self._identity = {  # first what a user would look for: the digests that follow contain some of it
             "seed": str(seed),
-            "data": self._plan.digest,
-            "model": model.identity(student.classifier),
-            "optimizer.name": config.optimizer.name,
+            "training.batch_size": str(config.batch_size),
+            "training.optimizer.name": config.optimizer.name,
+            "training.selection.metric": config.selection.metric,
+            "training.selection.keep": config.selection.keep,
             **identity,
+            "model": model.identity(student.classifier),
+            "data": self._plan.digest,
         }
+        self._last = checkpoint.newest(folder / "checkpoints")
+        if self._last is not None:
+            self._check_continues(self._last)
 
     def run(self, begin: Callable[[Stage], Active], session: Session, stop: StopRequest) -> Kept:
         """Trains to the end, from where the folder stands; the student is left with the weights to keep.
@@ -120,7 +126,7 @@ class Stage:
         ``begin`` is called with the weights that the stage starts from, unless all steps were taken by an earlier start. Raises
         RequeueError, after a checkpoint, where the stage was asked to stop.
         """
-        last = checkpoint.newest(self._folder / "checkpoints")
+        last = self._last
         active = Active() if last is not None and self._over(last) else begin(self)
         task = replace(
             self._student.task(self.corpora, self._seed),
@@ -157,6 +163,16 @@ class Stage:
         if stop.agreed and not selection.exhausted and session.step < self.steps:
             raise RequeueError(f"stopped on request after step {session.step} of {self.steps}; the same command continues it")
         return self._keep(selection, session.step)
+
+    def _check_continues(self, last: Checkpoint) -> None:
+        """What restoring would find out, before anything is computed or written; and whether the run is past its last step."""
+        for what, mine in self._identity.items():
+            if (theirs := last.progress.identity.get(what)) != mine:
+                rule = f"the checkpoint {last.folder} was written with {theirs!r}"
+                raise CheckpointError(what, mine, rule, "Use the settings of that run, another output folder, or --fresh.")
+        if last.progress.step > self.steps:
+            rule = f"the run in {self._folder} has taken {last.progress.step} steps already, and these are {self.steps}"
+            raise ConfigError("training.epochs", self._config.epochs, rule, "Set more, another output folder, or --fresh.")
 
     def _over(self, last: Checkpoint) -> bool:
         selection = Selection.resumed(self._config.selection, last.progress.state["selection"])
@@ -201,6 +217,11 @@ class Stage:
         best = selection.best_step if self._config.selection.keep == "best" else None
         wanted = step if best is None else best
         found = {each.progress.step: each for each in checkpoint.find(self._folder / "checkpoints")}
+        if wanted not in found:
+            rule = f"the best weights are those of step {wanted}, and their checkpoint is gone or damaged"
+            raise CheckpointError(
+                str(self._folder), sorted(found), rule, "Restore it from a backup, or start again with --fresh."
+            )
         if wanted != step:
             checkpoint.restore(found[wanted], self._student.engine, self._identity)
         return Kept(found[wanted], wanted, step, selection.best_score)
@@ -221,9 +242,19 @@ class Stage:
 
 
 def start_dealing(folder: Path) -> dict[str, Any] | None:
-    """The rule by which the stage in ``folder`` has dealt its steps so far; None before its first checkpoint. Collective."""
-    found = dist.broadcast([dict(each.progress.fixed["dealing"]) for each in checkpoint.find(folder / "checkpoints")][:1])
-    return found[0] if found else None
+    """The rule by which the stage in ``folder`` has dealt its steps so far; None before its first checkpoint. Collective.
+
+    Raises CheckpointError where the checkpoints are not those of a stage.
+    """
+
+    def of_newest() -> dict[str, Any] | None:
+        found = checkpoint.find(folder / "checkpoints")
+        if found and "selection" not in found[0].progress.state:
+            raise CheckpointError("output", str(folder), "it holds a run of another kind", "Choose another output folder")
+        return dict(found[0].progress.fixed["dealing"]) if found else None
+
+    dealing: dict[str, Any] | None = dist.from_first("reading what the folder holds", of_newest)
+    return dealing
 
 
 def _mixture(student: Student, data: StageData, batch: int) -> tuple[list[Examples], tuple[CorpusShape, ...], int]:

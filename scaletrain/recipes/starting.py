@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import Field
 
@@ -16,8 +16,9 @@ from scaletrain.continual.store import published_model
 from scaletrain.data import labelled
 from scaletrain.data.freeze import MANIFEST, freeze, thaw
 from scaletrain.data.labelled import Example, Labelled, LabelledConfig
-from scaletrain.errors import CheckpointError
+from scaletrain.errors import CheckpointError, ModelError
 from scaletrain.model import Classifier, ClassifierConfig
+from scaletrain.model.folder import is_model_folder
 from scaletrain.recipes.student import digest_of
 
 
@@ -77,23 +78,40 @@ def open_start(config: ClassifierConfig, seed: int = 0) -> Origin:
     return Origin(started.classifier, started.tokenizer_folder, started.digest)
 
 
+def open_classifier(path: str) -> Origin:
+    """The trained classifier that a path leads to: see `model_folder`. Raises ModelError where it leads to none. Collective."""
+    if model_folder(Path(path)) is None:
+        remedy = "Give a model folder, a fine-tuning run that has ended, or a lineage"
+        raise ModelError("model", path, "no classifier is there", remedy)
+    return open_start(ClassifierConfig(start=path))
+
+
 def model_folder(path: Path) -> Path | None:
-    """The model folder that a path leads to: itself, that of a fine-tuning run, or the published one of a lineage."""
+    """The model folder that a path leads to: itself, that of a fine-tuning run, or the published one of a lineage.
+
+    Also one that is not whole any more: reading it says what is wrong.
+    """
     if (path / "ledger.jsonl").exists():
         return published_model(path)
-    for folder in (path, path / "model"):
-        if (folder / model.MANIFEST).exists():
-            return folder
-    return None
+    return next((folder for folder in (path, path / "model") if is_model_folder(folder)), None)
 
 
 def _pretrained(config: ClassifierConfig, run: Path, seed: int) -> Origin:
     newest = checkpoint.newest(run / "checkpoints")
     if newest is None:
         raise CheckpointError("model.start", str(run), "it has no checkpoint", "Give a run that has been saved at least once")
-    fixed = newest.progress.fixed
-    classifier = Classifier.from_masked_lm(config, fixed["hf_config"], checkpoint.weights(newest), seed)
+    hf_config = hf_config_of(newest, "model.start", run)
+    classifier = Classifier.from_masked_lm(config, hf_config, checkpoint.weights(newest), seed)
     return Origin(classifier, run / "tokenizer", digest_of(*(entry["sha256"] for entry in newest.manifest["files"])))
+
+
+def hf_config_of(chosen: Checkpoint, setting: str, run: Path) -> Mapping[str, Any]:
+    """What a pretraining run has trained. Raises CheckpointError, which names the ``setting``, for a run of another kind."""
+    if "hf_config" not in chosen.progress.fixed:
+        rule = "it is a fine-tuning run without a model: it has not ended yet"
+        raise CheckpointError(setting, str(run), rule, "The command that began it continues it; its end writes the model")
+    found: Mapping[str, Any] = chosen.progress.fixed["hf_config"]
+    return found
 
 
 def write_model(

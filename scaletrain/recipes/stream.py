@@ -12,8 +12,8 @@ from scaletrain import dist
 from scaletrain.config import dump, load_tree, to_tree
 from scaletrain.continual import metrics
 from scaletrain.continual.gate import require_decisive, require_known
-from scaletrain.continual.lifecycle import Attempt, Lifecycle, accuracies
-from scaletrain.continual.store import Store
+from scaletrain.continual.lifecycle import Attempt, Lifecycle, accuracies, in_order, under_way
+from scaletrain.continual.store import ROLLED_BACK, Store
 from scaletrain.data import labelled
 from scaletrain.data.freeze import freeze, frozen_digest, thaw
 from scaletrain.data.labelled import Labelled
@@ -60,26 +60,42 @@ class Stream:
                 lock.__exit__(None, None, None)
 
     def adopted(self) -> str | None:
-        """The task that the model has learned which the lineage starts from, where that is a fine-tuning run."""
+        """The task that the model has learned which the lineage starts from, where that is a fine-tuning run.
+
+        Raises ConfigError for a lineage that was begun from something else: one model cannot take over another's place in it.
+        """
         start = Path(self._config.model.start)
-        found = model_folder(start) if (start / "task" / "task.json").exists() else None
-        return None if found is None else str(load_tree(start / "config.yaml")["task"]["name"])
+        if not (start / "task" / "task.json").exists() or model_folder(start) is None:
+            return None
+        name = str(load_tree(start / "config.yaml")["task"]["name"])
+        first = next((entry["task"] for entry in self._lifecycle.entries() if entry["event"] == "begun"), name)
+        if first != name:
+            rule = f"it has learned {name!r}, and this lineage was begun with {first!r}"
+            raise ConfigError("model.start", str(start), rule, "Set it back, or begin another lineage in another folder")
+        return name
 
     def look_ahead(self, tasks: Sequence[TaskConfig]) -> None:
         """Reads all that is still to be learned: the last task's files should not be found wanting after a week."""
-        learned, going = self._learned(self._base()), self._lifecycle.under_way()
+        learned, going, adopted = self._learned(self._base()), self._lifecycle.under_way(), self.adopted()
         begun = [*learned, *([going.task] if going else [])]
         new = [task for task in tasks if task.name not in begun and self._lifecycle.concluded(task.name) is None]
 
         def look() -> None:
-            known = {task: thaw(self._store.task_folder(task)) for task in begun}
+            folders = {task: self._store.task_folder(task) for task in begun}
+            if adopted is not None:
+                folders.setdefault(adopted, Path(self._config.model.start) / "task")
+            known = {task: thaw(folder) for task, folder in folders.items()}
             coming = {task.name: labelled.read(task.data) for task in new}
             if known | coming:
                 require_fit(self._config, known | coming)
-            if self._config.gate is not None:
-                require_known(self._config.gate, [*known, *coming])
 
         dist.from_first("looking at the tasks to come", look)
+
+    def check_limits(self, tasks: Sequence[str]) -> None:
+        """Raises ConfigError for a limit of the gate's on a task that is neither one of ``tasks`` nor the lineage's."""
+        if self._config.gate is not None:
+            begun = [entry["task"] for entry in self._lifecycle.entries() if entry["event"] == "begun"]
+            require_known(self._config.gate, list(dict.fromkeys([*tasks, *begun])))
 
     def onboard(self, name: str, task: TaskConfig | None, *, retry: bool = False) -> str:
         """Learns a task, or the rest of it; returns how it ended: published, refused or undecided.
@@ -89,14 +105,20 @@ class Stream:
         """
         event = self._lifecycle.concluded(name)
         if event is None or (retry and event != "published"):
-            data = self._data(name, task)
             base = self._base()
-            self._check(name, data, base)
+            learned = self._learned(base)
+            self._require_new(name, learned, base)
+            data = self._data(name, task)
+            require_fit(self._config, {each: thaw(self._store.task_folder(each)) for each in learned} | {name: data})
             attempt = self._lifecycle.begin(name, self._digest(name, base), base)
+            # Not before: settings that cannot be used must not take the place of those that `onboard` goes on with.
+            dist.from_first("noting the settings", lambda: dump(self._config, self._store.folder / "config.yaml"))
             work = Onboarding(self._config, self._store, attempt, self._session, self._stop, adopted=task is None)
             event = self._lifecycle.conclude(attempt, work)
             work.close()
             self._settle(attempt)
+        elif dist.rank() == 0:
+            print(f"{name}: {event} before; nothing is trained", flush=True)
         if event != "published" and self._config.on_refusal == "stop":
             raise self._refusal(name, event)
         return event
@@ -115,11 +137,13 @@ class Stream:
 
     def result(self, tasks: Sequence[str]) -> dict[str, Any]:
         """The figures of the stream so far, with R; printed on rank 0 with the formulas."""
-        rows = accuracies(self._lifecycle.entries(), tasks)
+        entries = self._lifecycle.entries()
+        known = in_order(entries, tasks)
+        rows = accuracies(entries, known)
         if dist.rank() == 0:
-            print("\n" + metrics.table(rows, tasks[: len(rows)]), flush=True)
+            print("\n" + metrics.table(rows, known), flush=True)
         return {
-            "tasks": list(tasks),
+            "tasks": known,
             "R": rows,
             **metrics.summary(rows),
             "gate": {task: self._lifecycle.concluded(task) for task in tasks},
@@ -127,7 +151,7 @@ class Stream:
         }
 
     def _open(self) -> None:
-        """Checks that what is there is a whole lineage with these settings, and notes the settings."""
+        """Checks that what is there is a whole lineage with these settings, and drops what stages that are over have left."""
         self._store.published()
         if (known := self._store.folder / "config.yaml").exists():
             before = load_tree(known)
@@ -138,7 +162,10 @@ class Stream:
                 if theirs != mine:
                     rule = f"this lineage was begun with {theirs!r}"
                     raise ConfigError(path, mine, rule, "Set it back, or begin another lineage in another folder")
-        dump(self._config, known)
+        going = under_way(self._store.entries())
+        for left in self._store.folder.glob("work/*/checkpoints"):
+            if going is None or left.parent.name != going.version:
+                shutil.rmtree(left)
 
     def _base(self) -> str | None:
         """The version that the next task builds on."""
@@ -146,9 +173,9 @@ class Stream:
             return going.base
         entries = self._lifecycle.entries()
         if self._config.on_refusal == "continue":
-            evaluated = [entry["version"] for entry in entries if entry["event"] == "evaluated"]
-            if evaluated:
-                return str(evaluated[-1])
+            newest = [entry["version"] for entry in entries if entry["event"] in ("evaluated", ROLLED_BACK)]
+            if newest:
+                return str(newest[-1])
         found: str | None = dist.from_first("reading what is published", self._store.published)
         return found
 
@@ -164,13 +191,12 @@ class Stream:
         dist.from_first("taking the task's examples over", copy)
         return thaw(folder)
 
-    def _check(self, name: str, data: Labelled, base: str | None) -> None:
-        """What would otherwise be found out after the training."""
-        learned = self._learned(base)
+    def _require_new(self, name: str, learned: Sequence[str], base: str | None) -> None:
+        """Raises ConfigError, before the task's data is touched, for one that cannot be begun."""
+        self._lifecycle.require_free(name)
         if name in learned:
             rule = f"version {base} has learned it already"
             raise ConfigError("task.name", name, rule, "Choose another name: a task with new data is a new task")
-        require_fit(self._config, {task: thaw(self._store.task_folder(task)) for task in learned} | {name: data})
 
     def _learned(self, version: str | None) -> list[str]:
         found: list[str] = dist.from_first(
@@ -181,7 +207,8 @@ class Stream:
     def _digest(self, name: str, base: str | None) -> str:
         """Of all that the candidate follows from."""
         tree = to_tree(self._config)
-        for section in ("gate", "on_refusal", "compute"):
+        tree["compute"] = tree["compute"]["max_tokens"]
+        for section in ("gate", "on_refusal"):
             del tree[section]
         for section in ("checkpoint", "metrics"):
             del tree["training"][section]

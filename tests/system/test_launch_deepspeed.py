@@ -284,7 +284,7 @@ def test_a_host_whose_connection_broke_is_named_and_its_ranks_are_waited_for(
         assert launcher.wait(timeout=20) == 76
         assert launcher.stderr is not None
         said = [line for line in launcher.stderr.read().splitlines() if not line.startswith("pdsh@")]
-    assert said == ["error: the connection to beta broke"]
+    assert said == ["error: the connection to beta broke", f"Connection to {ADDRESSES[1]} closed by remote host."]
 
 
 # ------------------------------------------------------------------------------------------------- hosts that cannot be used

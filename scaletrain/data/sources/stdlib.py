@@ -38,17 +38,17 @@ class StdlibConfig:
 
     def documents(self) -> Iterator[str]:
         """One document per docstring, modules in the order of their paths, then one per help topic. Raises CorpusError."""
-        yield from _docstrings()
+        yield from (text for _, text in docstrings())
         yield from _topics()
 
 
 @functools.cache
-def _docstrings() -> tuple[str, ...]:
-    """All docstrings; parsing takes seconds and a corpus is read more than once."""
+def docstrings() -> tuple[tuple[str, str], ...]:
+    """(top-level module, docstring) of all; parsing takes seconds and a corpus is read more than once. Raises CorpusError."""
     root = Path(sysconfig.get_path("stdlib"))
     files = sorted(root.rglob("*.py"), key=lambda file: file.relative_to(root).as_posix())
     used = [file for file in files if _ours(file.relative_to(root))]
-    found: list[str] = []
+    found: list[tuple[str, str]] = []
     for file in used:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # odd escapes in old modules
@@ -56,7 +56,7 @@ def _docstrings() -> tuple[str, ...]:
                 tree = ast.parse(file.read_bytes())
             except (SyntaxError, ValueError, OSError):  # an installation may carry templates that are not Python
                 continue
-        found += _below(tree)
+        found += ((_top(file.relative_to(root)), text) for text in _below(tree))
     if not found:
         raise CorpusError("source stdlib", str(root), "this Python came without its sources", "Use another source, such as text")
     return tuple(found)
@@ -64,8 +64,12 @@ def _docstrings() -> tuple[str, ...]:
 
 def _ours(file: Path) -> bool:
     """Whether a file belongs to a module of the standard library that all supported Python versions have."""
-    top = file.parts[0].removesuffix(".py")
+    top = _top(file)
     return top in sys.stdlib_module_names and top not in _REMOVED and not _PASSED_OVER.intersection(file.parts)
+
+
+def _top(file: Path) -> str:
+    return file.parts[0].removesuffix(".py")
 
 
 def _below(node: ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) -> Iterator[str]:

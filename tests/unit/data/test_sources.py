@@ -176,9 +176,9 @@ def test_stdlib_reads_docstrings_of_nested_definitions_in_order(tmp_path: Path, 
         'try:\n  pass\nexcept OSError:\n  def g():\n    """Handler."""\n'
     )
     monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path))
-    stdlib._docstrings.cache_clear()
-    assert stdlib._docstrings() == ("Module.", "Class.", "Method\n\nof A.", "Handler.")
-    stdlib._docstrings.cache_clear()
+    stdlib.docstrings.cache_clear()
+    assert [text for _, text in stdlib.docstrings()] == ["Module.", "Class.", "Method\n\nof A.", "Handler."]
+    stdlib.docstrings.cache_clear()
 
 
 def test_stdlib_is_a_corpus_of_a_million_characters() -> None:
