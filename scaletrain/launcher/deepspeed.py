@@ -158,14 +158,23 @@ def way_to_nodes(config: DeepspeedConfig) -> Transport:
 
 
 def _address(hosts: Sequence[Host], sights: Sequence[Sight]) -> str:
-    """Where the others reach the first host: there where we do, unless we are on it and they are not."""
-    loopback = [ipaddress.ip_address(sight.address.partition("%")[0]).is_loopback for sight in sights]
-    if loopback[0] and not all(loopback):
-        rule = f"this is how {hosts[0].name} is reached from here, and other hosts cannot"
-        raise ConfigError(
-            "backend.master_addr", sights[0].address, rule, f"Set it to an address of {hosts[0].name} that they can reach."
+    """Where the others reach the first host: there where we do, unless that is only from here. Raises ConfigError."""
+    kinds = [_kind(sight.address) for sight in sights]
+    if kinds[0] != "network" and set(kinds) != {"loopback"}:
+        rule, remedy = (
+            f"this is how {hosts[0].name} is reached from here, and other hosts cannot",
+            "Set it to one of its addresses.",
         )
+        raise ConfigError("backend.master_addr", sights[0].address, rule, remedy)
     return sights[0].address
+
+
+def _kind(address: str) -> Literal["network", "loopback", "unknown"]:
+    """sshd says UNKNOWN where it is not asked through a network."""
+    try:
+        return "loopback" if ipaddress.ip_address(address.partition("%")[0]).is_loopback else "network"
+    except ValueError:
+        return "unknown"
 
 
 @contextmanager

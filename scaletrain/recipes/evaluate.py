@@ -52,6 +52,9 @@ Config = EvaluateConfig
 
 def main(config: EvaluateConfig) -> dict[str, Any] | None:
     """Evaluates; returns the figures on rank 0 and leaves them, with the per-class report, in report.json."""
+    if (config.output / "config.yaml").exists():
+        rule = "a run or a lineage is there, which has an exit.json, and perhaps a report.json, of its own"
+        raise ConfigError("output", str(config.output), rule, "Choose another folder")
     with Session(config.output, config.compute.device) as session:
         origin = open_classifier(config.model)
         student = Student(config.compute, origin.classifier, origin.tokenizer_folder, session.device, scenario=config.scenario)

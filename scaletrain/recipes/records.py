@@ -20,6 +20,7 @@ from scaletrain.errors import CheckpointError, ConfigError
 from scaletrain.report import (
     Ending,
     Event,
+    FinalTest,
     GateRow,
     Judgement,
     LineageRecord,
@@ -27,7 +28,6 @@ from scaletrain.report import (
     Recorded,
     RunRecord,
     Summary,
-    Tested,
     Version,
 )
 from scaletrain.train.metrics import read_jsonl
@@ -35,6 +35,7 @@ from scaletrain.train.metrics import read_jsonl
 RUN_FILES = ("metrics.jsonl", "exit.json")
 """By which a run's folder is known."""
 LARGEST = 1e100
+"""Numbers from here on are taken for infinite: no tensor holds them, and no axis needs to."""
 
 # ------------------------------------------------------------------------------------------------------------------------- a run
 
@@ -114,19 +115,19 @@ def _add_step(columns: dict[str, array[float]], step: float, line: Mapping[str, 
 
 
 def _number(value: object) -> float:
-    """nan for what is not a number (null stands for a value that was not finite), or beyond what any tensor holds."""
+    """nan for what is not a number (null stands for a value that was not finite), or too large."""
     if isinstance(value, bool) or not isinstance(value, (float, int)) or not -LARGEST < value < LARGEST:
         return math.nan
     return float(value)
 
 
-def _tested(file: Path, problems: list[str]) -> Tested | None:
+def _tested(file: Path, problems: list[str]) -> FinalTest | None:
     """What a fine-tuning run measured at its end; None where it has not come to it, or is of another kind."""
     if not file.is_file():
         return None
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
-        return Tested(
+        return FinalTest(
             split=str(found["split"]),
             examples=int(found["examples"]),
             figures={name: float(found[name]) for name in (*SCORES, "majority_baseline") if name in found},
@@ -248,7 +249,7 @@ def _version(name: str, entries: Sequence[Mapping[str, Any]], recorded: Recorded
         base=str(facts.get("base") or "the encoder"),
         state="abandoned" if state == "refused" and facts.get("reason") == "abandoned" else state,
         since=since,
-        accuracies=dict(zip(map(str, tasks), map(_number, row), strict=False)),
+        accuracies={str(task): _number(value) for task, value in zip(tasks, row, strict=False) if math.isfinite(_number(value))},
         judgement=judgement,
         recorded=recorded,
     )
@@ -258,26 +259,32 @@ def _judgement(name: str, entry: Mapping[str, Any]) -> Judgement:
     """What the gate said, as `continual.gate.Verdict.to_json` has written it. Raises KeyError, TypeError or AttributeError."""
     verdict, against = entry["verdict"], entry.get("against")
     uses = dict(entry.get("uses", {}))
-    rows = [_gate_row(task, uses.get(task["task"])) for task in verdict["tasks"]]
+    rows = [_gate_row(task, _optional(uses.get(task["task"]))) for task in verdict["tasks"]]
     return report.judgement(name, str(verdict["decision"]), rows, str(against) if against else None)
 
 
-def _gate_row(task: Mapping[str, Any], uses: int | None) -> GateRow:
+def _gate_row(task: Mapping[str, Any], uses: float | None) -> GateRow:
     return GateRow(
         task=str(task["task"]),
-        examples=task["pairs"],
-        lost=task["lost"],
-        gained=task["gained"],
-        drop=task["drop"],
-        limit=task["limit"],
-        accuracy=task["accuracy"],
-        floor=task["floor"],
-        p_held=task["adjusted_held"],
-        p_broken=task["adjusted_broken"],
+        examples=_optional(task["pairs"]),
+        lost=_optional(task["lost"]),
+        gained=_optional(task["gained"]),
+        drop=_optional(task["drop"]),
+        limit=_optional(task["limit"]),
+        accuracy=_optional(task["accuracy"]),
+        floor=_optional(task["floor"]),
+        p_held=_optional(task["adjusted_held"]),
+        p_broken=_optional(task["adjusted_broken"]),
         outcome=report.finding(str(task["status"])),
         reason=str(task["reason"]),
         uses=uses,
     )
+
+
+def _optional(value: object) -> float | None:
+    """A number; None for what is none."""
+    number = _number(value)
+    return number if math.isfinite(number) else None
 
 
 def _summaries(versions: Sequence[Version], published: str | None) -> Iterator[Summary]:

@@ -13,11 +13,12 @@ from scaletrain.report.content import GateRow, Judgement, Metric, Page
 from scaletrain.report.gate import finding, judgement
 from scaletrain.report.lineage import LineageRecord, Summary, Version, lineage_page
 from scaletrain.report.page import render
-from scaletrain.report.run import Ending, Event, Recorded, RunRecord, Tested, run_page
+from scaletrain.report.run import Ending, Event, FinalTest, Recorded, RunRecord, run_page
 
 __all__ = [
     "Ending",
     "Event",
+    "FinalTest",
     "GateRow",
     "Judgement",
     "LineageRecord",
@@ -26,7 +27,6 @@ __all__ = [
     "Recorded",
     "RunRecord",
     "Summary",
-    "Tested",
     "Version",
     "finding",
     "judgement",

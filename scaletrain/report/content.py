@@ -121,10 +121,10 @@ class GateRow:
     """What the gate found on one task: counts of its paired test, the limits, and the p values of both hypotheses."""
 
     task: str
-    examples: int | None
-    lost: int | None
+    examples: float | None
+    lost: float | None
     """Right before, wrong now."""
-    gained: int | None
+    gained: float | None
     """Wrong before, right now."""
     drop: float | None
     limit: float | None
@@ -136,7 +136,7 @@ class GateRow:
     """Of the data, if the drop were at most the limit (adjusted for the number of tasks)."""
     outcome: Word
     reason: str = ""
-    uses: int | None = None
+    uses: float | None = None
     """How often the gate's examples of this task have been used, this time included."""
 
 

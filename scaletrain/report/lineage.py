@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
+from scaletrain import errors
 from scaletrain.report.content import (
     Block,
     Chart,
@@ -31,6 +32,8 @@ from scaletrain.report.gate import COLUMNS, RULES
 from scaletrain.report.run import Ending, Recorded, evaluations, losses, problem, settings_fold, standing
 from scaletrain.report.scale import fixed, short
 
+_CONCLUSIVE = {0, errors.RefusedError.exit_code, errors.UndecidedError.exit_code}
+"""Exit codes of commands that brought an attempt to its end."""
 _TONES: dict[str, Tone] = {"published": "good", "refused": "bad", "abandoned": "bad", "rolled back": "bad"}
 
 
@@ -118,7 +121,11 @@ def _standing(lineage: LineageRecord) -> tuple[Word, str]:
     if last.state in ("begun", "trained", "evaluated", "judged"):
         word, said = standing(lineage.ending, lineage.idle_s)
         return word, f"{said} {last.name} is {last.state} and not concluded. {live}"
-    return _word(last.state), f"{last.name} was the last attempt. {live}"
+    said = f"{last.name} was the last attempt. {live}"
+    if lineage.ending and lineage.ending.code not in _CONCLUSIVE:
+        word, how = standing(lineage.ending, None)
+        said += f" A command since: {word.text}, {how}"
+    return _word(last.state), said
 
 
 def _word(state: str) -> Word:
@@ -137,7 +144,7 @@ def _overview(lineage: LineageRecord) -> Iterator[Fact]:
     yield Fact(name="attempts", value=f"{len(states)}")
     for state in ("published", "refused", "undecided", "abandoned", "rolled back"):
         if state in states:
-            yield Fact(name=state, value=f"{states.count(state)}")
+            yield Fact(name=f"of them {state}", value=f"{states.count(state)}")
 
 
 # ----------------------------------------------------------------------------------------------------------------------- results

@@ -53,7 +53,7 @@ class Ending:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Tested:
+class FinalTest:
     """What was measured at the end, on examples that were kept for it."""
 
     split: str
@@ -75,7 +75,7 @@ class RunRecord:
     total_steps: int | None = None
     ending: Ending | None = None
     idle_s: float | None = None
-    tested: Tested | None = None
+    tested: FinalTest | None = None
     problems: tuple[str, ...] = ()
 
 
@@ -108,7 +108,7 @@ def standing(ending: Ending | None, idle_s: float | None) -> tuple[Word, str]:
     if ending is None:
         heard = f" Last record {duration(idle_s)} before this page was made." if idle_s is not None else ""
         return Word(text="no end recorded", tone="open"), f"It is still going, or it was killed.{heard}"
-    at = "" if ending.step is None else f"after step {ending.step:,}"
+    at = f"after step {'?' if ending.step is None else f'{ending.step:,}'}"
     if ending.code == 0:
         return Word(text="done", tone="good"), at
     if ending.code == errors.RequeueError.exit_code:
@@ -138,7 +138,8 @@ def _overview(run: RunRecord) -> Iterator[Fact]:
     if losses := recorded.columns.get("loss"):
         yield Fact(name="training loss", value=short(losses[-1]), note=f"at first {short(losses[0])}")
     for name, points in recorded.scores.items():
-        best = (min if name in LOWER_IS_BETTER else max)(points, key=lambda point: point[1])
+        sign = 1 if name in LOWER_IS_BETTER else -1
+        best = min(points, key=lambda point: sign * point[1] if math.isfinite(point[1]) else math.inf)
         note = f"best {short(best[1])} at step {best[0]:,.0f}, at first {short(points[0][1])}"
         yield Fact(name=f"{spaced(name)}, evaluated", value=short(points[-1][1]), note=note)
     if tokens := recorded.known("real_tokens"):
@@ -264,7 +265,7 @@ def events_table(events: Sequence[Event]) -> Block:
     return Table(caption="events", header=("step", "event", "facts"), rows=tuple(rows), figures=frozenset({"step"}))
 
 
-def _final_test(tested: Tested) -> Iterator[Block]:
+def _final_test(tested: FinalTest) -> Iterator[Block]:
     yield Passage(text=f"On the {tested.examples:,} examples of the {tested.split} split, with the weights that were kept.")
     yield Facts(facts=tuple(Fact(name=spaced(name), value=short(value)) for name, value in tested.figures.items()))
     if tested.labels:

@@ -75,7 +75,7 @@ def run(tree: dict[str, Any], die_after: int | None = None, stop_after: int | No
             os.kill(os.getpid(), signal.SIGTERM)
         return clip(self, *arguments)
 
-    Engine.forward, Engine.clip = recorded, interrupted  # type: ignore[method-assign]  # in a process of its own
+    Engine.forward, Engine.clip = recorded, interrupted  # type: ignore[method-assign, assignment]  # a process of its own
     try:
         finetune.main(decode(finetune.Config, tree))
     finally:
@@ -214,7 +214,7 @@ def test_without_dropout_one_row_equals_padded_rows(
 
 def test_the_resolved_settings_in_the_run_folder_rerun_the_run(encoder: Path, fruit: dict[str, Any], tmp_path: Path) -> None:
     """On another number of ranks: what the first start decided is among them."""
-    compute = {**streams.COMPUTE, "slots": {"micro_batch_tokens": 128}}
+    compute = {**streams.COMPUTE, "slots": {"micro_batch_tokens": 512}}
     tree = streams.finetuning(encoder, tmp_path / "run", fruit, compute=compute, training=training(epochs=0.5))
     first = joined(ranks.run(run, 2, {"tree": tree}))
     again = load_tree(tmp_path / "run" / "config.yaml", [f"output={tmp_path / 'again'}"])

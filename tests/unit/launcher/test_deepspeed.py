@@ -188,7 +188,7 @@ def test_a_first_host_that_others_cannot_reach_where_we_do_is_refused(tmp_path: 
         deepspeed.run(config(tmp_path, "a", "away"), job(tmp_path, ""))
     assert str(caught.value) == (
         "backend.master_addr: got '127.0.0.1'; this is how a is reached from here, and other hosts cannot. "
-        "Set it to an address of a that they can reach."
+        "Set it to one of its addresses."
     )
     assert deepspeed.run(config(tmp_path, "a", "away", master_addr="127.0.0.1"), job(tmp_path, "")) == 0
 
@@ -199,11 +199,24 @@ def test_a_run_folder_that_cannot_be_made_is_a_storage_error(tmp_path: Path) -> 
         deepspeed.run(config(tmp_path, "a"), job(tmp_path, "", tmp_path / "file" / "run"))
 
 
-def test_where_ranks_meet_is_an_address_and_a_free_port_of_the_first_host() -> None:
+@pytest.mark.parametrize(
+    ("addresses", "meeting"),
+    [
+        (["10.0.0.1", "fe80::1%eth0"], "10.0.0.1"),
+        (["fe80::1%eth0", "10.0.0.1"], "fe80::1%eth0"),
+        (["127.0.0.1", "::1"], "127.0.0.1"),
+        (["::1", "10.0.0.1"], None),
+        (["UNKNOWN", "UNKNOWN"], None),
+    ],
+)
+def test_ranks_meet_at_the_address_of_the_first_host_if_others_can(addresses: list[str], meeting: str | None) -> None:
     hosts = (Host("a", 1, "hosts:1"), Host("b", 1, "hosts:2"))
-    sights = [Sight(address=address, port=1, sees_shared=True, version="") for address in ("10.0.0.1", "fe80::1%eth0")]
-    assert deepspeed._address(hosts, sights) == "10.0.0.1"
-    assert deepspeed._address(hosts[::-1], sights[::-1]) == "fe80::1%eth0"
+    sights = [Sight(address=address, port=1, sees_shared=True, version="") for address in addresses]
+    if meeting is None:
+        with pytest.raises(ConfigError, match=f"^backend.master_addr: got '{addresses[0]}'; this is how a is reached"):
+            deepspeed._address(hosts, sights)
+    else:
+        assert deepspeed._address(hosts, sights) == meeting
 
 
 # ------------------------------------------------------------------------------------------------------- how a job ends

@@ -167,3 +167,11 @@ def test_of_several_tasks_one_must_be_named(done: Path, tmp_path: Path) -> None:
     two, file = two_blocks(done, tmp_path / "model"), streams.write(tmp_path / "rows.jsonl", ROWS)
     assert evaluated(evaluating(two, [file], tmp_path / "out", compute=LOCAL)) == (65, message)
     assert ask(two, "scenario=task", stdin=b"bada\n") == (65, [], message)
+
+
+def test_an_evaluation_does_not_overwrite_what_a_run_has_reported(done: Path, tmp_path: Path) -> None:
+    file = streams.write(tmp_path / "rows.jsonl", ROWS)
+    before = digests(done)
+    code, message = evaluated(evaluating(done, [file], done, compute=LOCAL))
+    assert (code, message.partition(";")[0]) == (65, f"output: got '{done}'")
+    assert digests(done) == before
