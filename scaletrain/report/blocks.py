@@ -73,6 +73,11 @@ def _facts(facts: Sequence[Fact]) -> Markup:
     return element("dl", *map(entry, facts), class_="facts")
 
 
+def _caption(text: str) -> Markup:
+    """What a table shows; above it rather than in it, where it would be broken to the table's width."""
+    return element("p", text, class_="caption")
+
+
 def _scrolled(name: str, table: Markup) -> Markup:
     """A table that may be wider than the page; with a name and in the tab order, so that the keyboard can scroll it."""
     return element("div", table, class_="scroll", role="region", aria_label=name, tabindex=0)
@@ -88,8 +93,8 @@ def _heat_map(heat: HeatMap) -> Markup:
         element("tr", element("th", name, scope="row", title=name), *_heat_cells(name, heat.columns, values))
         for name, values in zip(heat.rows, heat.cells, strict=True)
     )
-    caption = element("caption", heat.caption)
-    return _scrolled(heat.caption, element("table", caption, element("thead", head), element("tbody", *body), class_="heat"))
+    table = element("table", element("thead", head), element("tbody", *body), class_="heat")
+    return join(_caption(heat.caption), _scrolled(heat.caption, table))
 
 
 def _heat_cells(row: str, columns: Sequence[str], values: Sequence[float | None]) -> Iterator[Markup]:
@@ -115,10 +120,8 @@ def _metrics(metrics: Metrics) -> Markup:
         for metric in metrics.metrics
     )
     head = element("tr", *(element("th", name, scope="col") for name in ("figure", "value", "formula")))
-    caption = element("caption", metrics.caption)
-    return _scrolled(
-        metrics.caption, element("table", caption, element("thead", head), element("tbody", *rows), class_="metrics")
-    )
+    table = element("table", element("thead", head), element("tbody", *rows), class_="metrics")
+    return join(_caption(metrics.caption), _scrolled(metrics.caption, table))
 
 
 # -------------------------------------------------------------------------------------------------------------- tables, verdicts
@@ -142,7 +145,7 @@ def _figure(name: str, table: Table) -> str | None:
 def _judgement(judged: Judgement) -> Markup:
     head = element("h3", judged.candidate, " ", word(judged.verdict))
     reason = element("p", judged.reason, class_="reason")
-    against = element("p", f"Compared with {judged.against}.")
+    against = element("p", f"Compared with {judged.against}.") if judged.against else Markup()
     rows = _gate_rows(judged) if judged.rows else Markup()
     return element("article", head, reason, against, rows, class_=judged.verdict.tone)
 
@@ -161,7 +164,7 @@ def _gate_row(row: GateRow, kinds: Sequence[str | None]) -> Markup:
     examples, lost, gained, uses = (short(count) for count in (row.examples, row.lost, row.gained, row.uses))
     shares = (fixed(share) for share in (row.drop, row.limit, row.accuracy, row.floor))
     found = join(word(row.outcome), " ", row.reason)
-    values = (examples, lost, gained, *shares, short(row.p_held), short(row.p_broken), uses, found)
+    values = (examples, lost, gained, *shares, short(row.p_held, 2), short(row.p_broken, 2), uses, found)
     cells = (element("td", value, class_=kind) for value, kind in zip(values, kinds[1:], strict=True))
     return element("tr", element("th", _fit(row.task), scope="row"), *cells)
 

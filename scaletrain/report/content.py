@@ -148,7 +148,7 @@ class Judgement:
     verdict: Word
     reason: str
     against: str
-    """The model it was compared with."""
+    """The model it was compared with; empty where there is no gate."""
     rows: tuple[GateRow, ...]
 
 

@@ -43,14 +43,14 @@ def judgement(candidate: str, decision: str, rows: Sequence[GateRow], against: s
         candidate=candidate,
         verdict=finding(decision),
         reason=_why(decision, rows),
-        against=against or "nothing, it is the first",
+        against=(against or "nothing, it is the first") if rows else "",
         rows=tuple(rows),
     )
 
 
 def _why(decision: str, rows: Sequence[GateRow]) -> str:
     """The decision in a sentence that names the tasks it rests on."""
-    names = {status: ", ".join(row.task for row in rows if row.outcome.text == status) for status in ("broken", "open")}
+    names = {status: ", ".join(row.task for row in rows if row.outcome.text != status) for status in ("broken", "open")}
     match decision:
         case "accept" if not rows:
             return "Nothing was compared: this lineage has no gate."

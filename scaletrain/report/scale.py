@@ -82,18 +82,22 @@ def labels(ticks: Sequence[float]) -> tuple[str, ...]:
     return tuple("0" if tick == 0 else f"{tick / divisor:,.{decimals}f}{suffix}" for tick in ticks)
 
 
-def short(value: float | None) -> str:
-    """A number for people, four significant digits: ``2.314``, ``12,346``, ``1.5e-5``; a dash where there is none."""
+def short(value: float | None, digits: int = 4) -> str:
+    """A number for people, to so many significant digits: ``2.314``, ``12,346``, ``1.5e-5``; a dash where there is none."""
     if value is None or not math.isfinite(value):
         return "\N{EN DASH}" if value is None else "not finite"
     if value == 0:
         return "0"
     if not 1e-3 <= abs(value) < 1e9:
-        mantissa, exponent = f"{value:.3e}".split("e")
-        return f"{mantissa.rstrip('0').rstrip('.')}e{int(exponent)}".replace("-", "\N{MINUS SIGN}")
-    decimals = max(0, 3 - math.floor(math.log10(abs(value))))
-    written = f"{value:,.{decimals}f}"
-    return (written.rstrip("0").rstrip(".") if "." in written else written).replace("-", "\N{MINUS SIGN}")
+        mantissa, exponent = f"{value:.{digits - 1}e}".split("e")
+        return f"{_trimmed(mantissa)}e{int(exponent)}".replace("-", "\N{MINUS SIGN}")
+    decimals = max(0, digits - 1 - math.floor(math.log10(abs(value))))
+    return _trimmed(f"{value:,.{decimals}f}").replace("-", "\N{MINUS SIGN}")
+
+
+def _trimmed(written: str) -> str:
+    """Without the zeros that end its decimals."""
+    return written.rstrip("0").rstrip(".") if "." in written else written
 
 
 def fixed(value: float | None, decimals: int = 3) -> str:

@@ -209,16 +209,16 @@ def test_killed_in_every_phase_of_an_onboarding_it_ends_as_if_it_had_not_been(ro
     broken, whole = tmp_path / "broken", ledger(root / "whole")
     shutil.copytree(root / "after" / "0002-tools", broken)
     tree = settings(root, broken)
+    killed, lost, asked = (f"signal {signal.SIGKILL:d}", None), ("PeerLostError", 76), ("RequeueError", 75)
     for name, point in POINTS.items():
         for rank, outcome in enumerate(ranks.attempt(run, 2, {"tree": tree, "point": name})):
-            left = outcome["status"], outcome.get("type"), outcome.get("exit_code")
-            lost = ("raised", "PeerLostError", 76)
+            left = (outcome.get("type", outcome["status"]), outcome.get("exit_code"))
             if point.signal == signal.SIGTERM:
-                assert left == ("raised", "RequeueError", 75), (name, outcome)
+                assert left == asked, (name, outcome)
             elif rank == point.ranks[0]:
-                assert left == (f"signal {signal.SIGKILL:d}", None, None), (name, outcome)
-            else:  # killed itself, or noticed that the first one was
-                assert left in [(f"signal {signal.SIGKILL:d}", None, None), lost][rank not in point.ranks :], (name, outcome)
+                assert left == killed, (name, outcome)
+            else:  # was killed as well, or noticed that the first one was
+                assert left == lost or (rank in point.ranks and left == killed), (name, outcome)
         found = ledger(broken)
         assert found == whole[: len(found)], name
         assert found[-1]["event"] == point.entry, name

@@ -10,6 +10,7 @@ import pytest
 from scaletrain import config
 from scaletrain.cli import VERBS
 from scaletrain.launcher import LaunchConfig
+from scaletrain.recipes.starting import TaskConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 FILES = sorted((ROOT / "configs").rglob("*.yaml"))
@@ -18,7 +19,8 @@ FILES = sorted((ROOT / "configs").rglob("*.yaml"))
 @pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(ROOT / "configs")))
 def test_a_config_decodes_into_the_settings_of_its_verb(file: Path) -> None:
     verb = file.relative_to(ROOT / "configs").parts[0]
-    cls = LaunchConfig if verb == "launch" else importlib.import_module(VERBS[verb].module).Config
+    others = {"launch": LaunchConfig, "task": TaskConfig}
+    cls = others[verb] if verb in others else importlib.import_module(VERBS[verb].module).Config
     assert isinstance(config.load(cls, file), cls)
 
 

@@ -55,4 +55,4 @@ def test_the_configuration_mechanism() -> None:
 
 
 def test_the_launcher() -> None:
-    assert launcher.__all__ == ["Backend", "Job", "LaunchConfig", "LocalConfig", "launch"]
+    assert launcher.__all__ == ["Backend", "DeepspeedConfig", "Job", "LaunchConfig", "LocalConfig", "launch"]

@@ -14,22 +14,34 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-SCRIPT = ROOT / "tools" / "bench" / "standard_ebooks.py"
+BENCH = ROOT / "tools" / "bench"
+
+
+def module(name: str) -> ModuleType:
+    """A script under tools/bench, imported; each is alone in the world and none is in a package."""
+    spec = importlib.util.spec_from_file_location(name, BENCH / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    found = importlib.util.module_from_spec(spec)
+    sys.modules[name] = found  # where dataclasses look their annotations up
+    spec.loader.exec_module(found)
+    return found
 
 
 @pytest.fixture(scope="module")
 def bench() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("standard_ebooks", SCRIPT)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return module("standard_ebooks")
 
 
-def run(data: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+@pytest.fixture(scope="module")
+def outcomes() -> ModuleType:
+    return module("outcomes")
+
+
+def run(data: Path, *arguments: str, script: str = "standard_ebooks") -> subprocess.CompletedProcess[str]:
     """The script as a user starts it, with the data sets at ``data``."""
     environment = {**os.environ, "SCALETRAIN_DATA": str(data), "PYTHONPATH": str(ROOT)}
-    return subprocess.run([sys.executable, str(SCRIPT), *arguments], env=environment, capture_output=True, text=True, check=False)
+    command = [sys.executable, str(BENCH / f"{script}.py"), *arguments]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
 
 
 def test_the_smoke_run_measures_everything_without_the_data(tmp_path: Path) -> None:
@@ -66,3 +78,81 @@ def test_shares_are_of_the_whole_run_not_means_over_its_steps(bench: ModuleType)
     assert [bench.met(check) for check in result["checks"].values()] == [True, False, False, False]
     assert result["table"]["real_tokens_per_second_median"] == pytest.approx((900 + 25) / 2)
     assert result["table"]["cpu_s_per_1000_real_tokens"] == pytest.approx(10.0)
+
+
+# ----------------------------------------------------------------------------------------------------------------------- clinc150
+
+
+def test_the_smoke_run_of_clinc150_has_both_sides_of_both_parts_without_the_data(tmp_path: Path) -> None:
+    """Intents that one word tells apart: both sides learn them, from the same files and as many samples."""
+    done = run(tmp_path / "no-such-folder", "--smoke", "--threads", "1", "--work", str(tmp_path / "work"), script="clinc150")
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert (result["bench"], result["smoke"]) == ("clinc150", True)
+    rows = {(row["method"], row["side"]): row for row in result["table"]}
+    assert list(rows) == [("finetune", "ours"), ("finetune", "rival"), ("replay", "ours"), ("replay", "rival")]
+    assert [row["accuracy"] > 0.7 for row in rows.values()] == [True] * 4
+    # Six intents with eight examples each; in the stream, the second of two tasks has as many old ones beside its own 24, and the
+    # plain loop as many as its memory of 12 has.
+    assert samples_of(rows) == {"finetune": (48, 48), "replay": (24 + 24 * 2, 24 + 24 + 12 + 8)}
+    assert {check["target"] for check in result["checks"].values()} == {">= -1", ">= 0.83", ">= 0", "<= 1.1"}
+    assert (tmp_path / "work" / "replay-ours-1" / "published").exists()
+
+
+def samples_of(rows: dict[tuple[str, str], dict[str, Any]]) -> dict[str, tuple[int, int]]:
+    """Trained on, by ours and by the rival."""
+    counted = {key: round(row["samples_per_cpu_s"] * row["cpu_s"]) for key, row in rows.items()}
+    return {method: (counted[method, "ours"], counted[method, "rival"]) for method, _ in rows}
+
+
+def test_without_clinc150_the_full_run_says_where_it_looked_and_ends_with_65(tmp_path: Path) -> None:
+    done = run(tmp_path, "--part", "b", script="clinc150")
+    assert (done.returncode, done.stdout) == (65, "")
+    assert done.stderr.startswith(f"error: SCALETRAIN_DATA: got '{tmp_path}/clinc150/domains.json'; no such file")
+
+
+def test_the_stream_is_the_domains_one_after_the_other_without_out_of_scope_queries(
+    tmp_path: Path, data_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first examples of each intent, ten intents to a task: the second task begins inside the first domain."""
+    if not (data_folder / "clinc150").is_dir():
+        pytest.skip(f"no clinc150 in {data_folder}")
+    monkeypatch.setenv("SCALETRAIN_DATA", str(data_folder))
+    intents = module("intents")
+    tasks = intents.write(tmp_path, intents.Size(), may_be_made_up=False)
+    rows = [[json.loads(line) for line in Path(task["train"]).read_text().splitlines()] for task in tasks]
+    assert [len(own) for own in rows] == [400] * 15
+    labels = [row["label"] for own in rows for row in own]
+    assert list(dict.fromkeys(labels))[9:12] == ["transfer", "order_checks", "balance"]
+    assert (len(set(labels)), "oos" in labels) == (150, False)
+
+
+def test_recovery_and_the_ratio_of_steps_are_taken_within_a_round_and_a_side(outcomes: ModuleType) -> None:
+    """Steps of the first task, which rehearses nothing, do not count: here they would have said 4, and the others say 1 and 3."""
+
+    def outcome(method: str, side: str, last: list[float], steps: list[list[float]]) -> Any:
+        results = [[0.9], last] if len(last) > 1 else [last]
+        return outcomes.Outcome(outcomes.Run(method, side, 1), results, 100, steps, 50.0, 25.0)
+
+    result = outcomes.figures(
+        [
+            outcome("naive", "ours", [0.0, 0.4], [[1.0], [1.0]]),
+            outcome("replay", "ours", [0.6, 0.8], [[4.0], [1.0, 3.0]]),
+            outcome("replay", "rival", [0.7, 0.8], [[1.0], [2.0, 2.0]]),
+            outcome("joint", "ours", [0.8], [[1.0]]),
+        ]
+    )
+    values = {name: check["value"] for name, check in result["checks"].items()}
+    assert values == pytest.approx(
+        {
+            "replay, average accuracy": 0.7,
+            "replay, average accuracy, ours - plain loop (points)": -5.0,
+            "replay, CPU seconds of a step, ours / plain loop": 1.0,
+            "replay, recovery": (0.7 - 0.2) / (0.8 - 0.2),
+        }
+    )
+    assert [outcomes.met(check) for check in result["checks"].values()] == [False, False, True, False]
+    rows = {(row["method"], row["side"]): row for row in result["table"]}
+    assert rows["replay", "ours"]["forgetting"] == pytest.approx(0.3)
+    assert (rows["replay", "rival"]["recovery"], rows["joint", "ours"]["forgetting"]) == (None, None)
+    assert rows["replay", "ours"]["samples_per_cpu_s"] == pytest.approx(2.0)

@@ -124,7 +124,14 @@ def test_the_newest_verdict_stands_open_and_those_before_it_are_folded() -> None
 def test_a_verdict_names_the_tasks_it_rests_on(decision: str, rows: list[GateRow], tone: str, reason: str) -> None:
     found: Judgement = judgement("0002-b", decision, rows, "0001-a")
     assert (found.verdict, found.reason) == (Word(text=decision, tone=tone), reason)  # type: ignore[arg-type]
-    assert (found.against, judgement("0001-a", decision, rows, None).against) == ("0001-a", "nothing, it is the first")
+
+
+def test_a_verdict_says_what_the_candidate_was_compared_with() -> None:
+    held = [row("a", "held")]
+    found = [
+        judgement("0002-b", "accept", rows, against).against for rows, against in ((held, "0001-a"), (held, None), ([], "0001-a"))
+    ]
+    assert found == ["0001-a", "nothing, it is the first", ""]
 
 
 def test_versions_say_what_became_of_them() -> None:

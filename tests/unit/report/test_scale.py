@@ -90,6 +90,11 @@ def test_short_numbers(value: float | None, shown: str) -> None:
     assert short(value) == shown
 
 
+def test_numbers_to_fewer_digits() -> None:
+    assert [short(value, 2) for value in (9.241e-39, 0.003149, 1.0, 123.0)] == ["9.2e\N{MINUS SIGN}39", "0.0031", "1", "123"]
+    assert short(3e-5, 1) == "3e\N{MINUS SIGN}5"
+
+
 def test_fixed_numbers() -> None:
     assert [fixed(value) for value in (None, 0.98765, -0.0125, 1)] == ["\N{EN DASH}", "0.988", "\N{MINUS SIGN}0.013", "1.000"]
 

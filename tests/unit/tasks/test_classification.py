@@ -70,7 +70,7 @@ def test_the_second_text_of_a_pair_has_type_one_with_the_token_that_ends_it(layo
     frame = Frame(FIRST, LAST, PAD, layout, token_types=True)
     slot = slot_of(Classification([pairs], visible_columns("class", [2]), frame, 0), [(0, 0), (0, 1), (0, 2)])
     rows = [[0, 0, 0, 0, 1, 1, 1], [0, 0, 0, 0, 0], [0, 0, 1, 1, 1, 1]]
-    expected = [[*row, *[0] * (7 - len(row))] for row in rows] if layout == "padded" else [sum(rows, [])]
+    expected = [[*row, *[0] * (7 - len(row))] for row in rows] if layout == "padded" else [[*rows[0], *rows[1], *rows[2]]]
     assert slot.inputs["token_type_ids"].tolist() == expected
 
 

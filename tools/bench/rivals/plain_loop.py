@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import json
 import random
-import resource
 import sys
 import time
 from pathlib import Path
@@ -77,13 +76,14 @@ def batch_of(samples: list[Encoded]) -> tuple[Tensor, Tensor, Tensor]:
     return ids, (ids != 0).long(), torch.tensor([label for _, label in samples])
 
 
-def learn(model: Classifier, train: list[Encoded], memory: Reservoir, settings: dict[str, Any]) -> list[tuple[float, float, int]]:
-    """One task. Returns (CPU seconds, wall seconds, samples) of every step."""
+def learn(model: Classifier, train: list[Encoded], memory: Reservoir, settings: dict[str, Any]) -> list[tuple[float, int]]:
+    """One task. Returns (CPU seconds, samples) of every step."""
     rate, batch = settings["learning_rate"], settings["batch_size"]
     head, encoder = list(model.head.parameters()), list(model.encoder.parameters())
     groups = [{"params": encoder}, {"params": head, "lr": rate * settings["head_factor"]}]
+    # Fused: on CPU a fifth of a step is saved by this word alone, which an able rival knows.
     optimizer = torch.optim.AdamW(
-        groups, lr=rate, betas=settings["betas"], eps=settings["epsilon"], weight_decay=settings["weight_decay"]
+        groups, lr=rate, betas=settings["betas"], eps=settings["epsilon"], weight_decay=settings["weight_decay"], fused=True
     )
     steps = -(-len(train) // batch)
     warmup, final = settings["warmup_share"] * steps, settings["final_ratio"]
@@ -97,7 +97,7 @@ def learn(model: Classifier, train: list[Encoded], memory: Reservoir, settings: 
     spent = []
     model.train()
     for start in range(0, len(order), batch):
-        cpu, wall = time.process_time(), time.perf_counter()
+        began = time.process_time()
         new = order[start : start + batch]
         samples = new + memory.draw(batch)
         ids, mask, labels = batch_of(samples)
@@ -108,7 +108,7 @@ def learn(model: Classifier, train: list[Encoded], memory: Reservoir, settings: 
         optimizer.step()
         schedule.step()
         loss.item()
-        spent.append((time.process_time() - cpu, time.perf_counter() - wall, len(samples)))
+        spent.append((time.process_time() - began, len(samples)))
     for sample in order:
         memory.offer(sample)
     return spent
@@ -136,7 +136,9 @@ def main(settings: dict[str, Any]) -> dict[str, Any]:
         return [(own, numbers.setdefault(row["label"], len(numbers))) for own, row in zip(ids, rows, strict=True)]
 
     data = [(read(task["train"]), read(task["test"])) for task in settings["tasks"]]
-    stages = [[sample for train, _ in data for sample in train]] if settings["method"] == "joint" else [train for train, _ in data]
+    stages = (
+        [[sample for train, _ in data for sample in train]] if settings["method"] == "joint" else [train for train, _ in data]
+    )
     model = Classifier(settings["model"], settings["dropout"])
     memory = Reservoir(settings["memory"] if settings["method"] == "replay" else 0)
     results, steps = [], []
@@ -144,8 +146,8 @@ def main(settings: dict[str, Any]) -> dict[str, Any]:
         model.grow(len({label for _, label in train}))
         steps.append(learn(model, train, memory, settings))
         results.append([accuracy(model, test) for _, test in (data if len(stages) == 1 else data[: number + 1])])
-    usage = resource.getrusage(resource.RUSAGE_SELF)
-    return {"R": results, "steps": steps, "cpu_s": usage.ru_utime + usage.ru_stime}
+    spent = [[cpu_s for cpu_s, _ in stage] for stage in steps]
+    return {"R": results, "samples": sum(samples for stage in steps for _, samples in stage), "step_cpu_s": spent}
 
 
 if __name__ == "__main__":
