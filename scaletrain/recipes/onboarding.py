@@ -112,7 +112,7 @@ class Onboarding:
         """The student as its stage left it: trained now, or brought back from the stage's checkpoints."""
         if self._ready is None:
             rehearsal = self._rehearsal()
-            student = self._student(afresh=rehearsal is not None and rehearsal.afresh)
+            student = self._student(rehearsal)
             if self._adopted:
                 self._ready = student, None, None
             else:
@@ -120,8 +120,10 @@ class Onboarding:
                 self._ready = student, stage, stage.run(lambda stage: self._begin(student, stage), self._session, self._stop)
         return self._ready
 
-    def _student(self, *, afresh: bool) -> Student:
+    def _student(self, rehearsal: Rehearsal | None) -> Student:
         config, base = self._config, self._attempt.base
+        afresh = rehearsal is not None and rehearsal.afresh
+        learned = {self._attempt.task, *(task for task, _ in (rehearsal.examples if rehearsal else ()))}
         start = config.model if base is None or afresh else config.model.starting_at(self._store.version_folder(base) / "model")
         origin = open_start(start)
         classifier = origin.classifier
@@ -137,6 +139,8 @@ class Onboarding:
             scenario=config.scenario,
             optimizer=config.training.optimizer,
             head_factor=config.model.head_learning_rate_factor,
+            # What no sample competes among is not pulled back either.
+            idle=[n for n, each in enumerate(classifier.head.blocks) if config.scenario == "task" and each.task not in learned],
             dealing=Dealing(**dealing) if dealing else None,
         )
 
@@ -233,7 +237,7 @@ class Onboarding:
         for name, data in self._data.items():
             tests[name] = task.summary(student.score(student.encode(named(name, data.splits["test"]))))
             gate = data.splits["gate"]
-            if self._config.gate is not None:
+            if gate:  # also where no gate asks: one that is set later compares with this
                 table = student.score(student.encode(named(name, gate)))
                 right = table[:, 1] == table[:, 2]
                 outcomes[name] = {example.key: bool(each) for example, each in zip(gate, right, strict=True)}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
@@ -65,6 +65,7 @@ class Student:
         optimizer: OptimizerConfig | None = None,
         head_factor: float = 1.0,
         dealing: Dealing | None = None,
+        idle: Collection[int] = (),
     ) -> None:
         """``dealing``: the rule that a run was started with; None on a fresh start."""
         if config.max_tokens > classifier.max_positions:
@@ -79,7 +80,7 @@ class Student:
         self._frame = frame_of(tokenizer_folder, classifier, self.dealing.pad_multiple)
         self.visible = visible_columns(scenario, [len(block.labels) for block in self.blocks])
         optimizer = optimizer or OptimizerConfig()
-        groups = model.parameter_groups(classifier, optimizer.weight_decay, head_factor)
+        groups = model.parameter_groups(classifier, optimizer.weight_decay, head_factor, idle)
         self.engine: Engine = engine.create(config.engine, classifier, groups, optimizer, device)
 
     @property

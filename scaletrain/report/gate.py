@@ -50,7 +50,7 @@ def judgement(candidate: str, decision: str, rows: Sequence[GateRow], against: s
 
 def _why(decision: str, rows: Sequence[GateRow]) -> str:
     """The decision in a sentence that names the tasks it rests on."""
-    names = {status: ", ".join(row.task for row in rows if row.outcome.text != status) for status in ("broken", "open")}
+    names = {status: ", ".join(row.task for row in rows if row.outcome.text == status) for status in ("broken", "open")}
     match decision:
         case "accept" if not rows:
             return "Nothing was compared: this lineage has no gate."

@@ -17,7 +17,7 @@ from types import FrameType, TracebackType
 import torch
 
 from scaletrain import dist, durable
-from scaletrain.errors import InputError, RequeueError, ScaletrainError, StorageError
+from scaletrain.errors import InputError, RefusedError, RequeueError, ScaletrainError, StorageError, UndecidedError
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
@@ -82,7 +82,7 @@ class Session:
             raise lost from error
         else:
             self._leave(ScaletrainError.exit_code, "".join(traceback.format_exception_only(kind, error)).strip())
-        if error is None or isinstance(error, (InputError, RequeueError)):
+        if error is None or isinstance(error, (InputError, RequeueError, RefusedError, UndecidedError)):
             dist.stop()  # after any other error the peers may be gone, and leaving the group would wait for them
 
     def _leave(self, code: int, reason: str) -> None:

@@ -295,6 +295,9 @@ def test_versions_that_were_published_refused_and_rolled_back(lineage: Path, cap
     back = "\N{MULTIPLICATION X} rolled back"
     assert states(page) == {"0001-text": published, "0002-numbers": refused, "0003-network": back}
     assert facts(page)["published"] == "0001-text"
+    with store.hold():
+        store.rollback("0003-network")
+    assert states(page_of(lineage, capsys)) == {"0001-text": back, "0002-numbers": refused, "0003-network": published}
 
 
 def test_an_attempt_that_was_given_up(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -83,26 +83,29 @@ def test_shares_are_of_the_whole_run_not_means_over_its_steps(bench: ModuleType)
 # ----------------------------------------------------------------------------------------------------------------------- clinc150
 
 
-def test_the_smoke_run_of_clinc150_has_both_sides_of_both_parts_without_the_data(tmp_path: Path) -> None:
-    """Intents that one word tells apart: both sides learn them, from the same files and as many samples."""
-    done = run(tmp_path / "no-such-folder", "--smoke", "--threads", "1", "--work", str(tmp_path / "work"), script="clinc150")
+@pytest.mark.parametrize(
+    ("part", "method", "samples", "targets"),
+    [
+        # Eight intents with eight examples each; and two tasks of 32, the second with as many old examples as new ones.
+        pytest.param("a", "finetune", 64, {">= -1"}, id="fine-tuning beside Trainer"),
+        pytest.param("b", "replay", 32 + 32 + 32, {">= 0.83", ">= 0", "<= 1.1"}, id="a stream beside the plain loop"),
+    ],
+)
+def test_the_smoke_run_of_clinc150_measures_both_sides_without_the_data(
+    part: str, method: str, samples: int, targets: set[str], tmp_path: Path
+) -> None:
+    """Intents that one word tells apart: both sides learn them, of equally many samples."""
+    work = tmp_path / "work"
+    arguments = ("--smoke", "--part", part, "--threads", "1", "--work", str(work))
+    done = run(tmp_path / "no-such-folder", *arguments, script="clinc150")
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout.splitlines()[-1])
-    assert (result["bench"], result["smoke"]) == ("clinc150", True)
-    rows = {(row["method"], row["side"]): row for row in result["table"]}
-    assert list(rows) == [("finetune", "ours"), ("finetune", "rival"), ("replay", "ours"), ("replay", "rival")]
-    assert [row["accuracy"] > 0.7 for row in rows.values()] == [True] * 4
-    # Six intents with eight examples each; in the stream, the second of two tasks has as many old ones beside its own 24, and the
-    # plain loop as many as its memory of 12 has.
-    assert samples_of(rows) == {"finetune": (48, 48), "replay": (24 + 24 * 2, 24 + 24 + 12 + 8)}
-    assert {check["target"] for check in result["checks"].values()} == {">= -1", ">= 0.83", ">= 0", "<= 1.1"}
-    assert (tmp_path / "work" / "replay-ours-1" / "published").exists()
-
-
-def samples_of(rows: dict[tuple[str, str], dict[str, Any]]) -> dict[str, tuple[int, int]]:
-    """Trained on, by ours and by the rival."""
-    counted = {key: round(row["samples_per_cpu_s"] * row["cpu_s"]) for key, row in rows.items()}
-    return {method: (counted[method, "ours"], counted[method, "rival"]) for method, _ in rows}
+    assert (result["bench"], result["smoke"], result["machine"]["threads"]) == ("clinc150", True, 1)
+    assert [(row["method"], row["side"]) for row in result["table"]] == [(method, "ours"), (method, "rival")]
+    assert [row["accuracy"] > 0.5 for row in result["table"]] == [True, True]  # by chance one in eight
+    assert [round(row["samples_per_cpu_s"] * row["cpu_s"]) for row in result["table"]] == [samples, samples]
+    assert {check["target"] for check in result["checks"].values()} == targets
+    assert (work / f"{method}-ours-1" / "metrics.jsonl" if part == "a" else work / f"{method}-ours-1" / "published").exists()
 
 
 def test_without_clinc150_the_full_run_says_where_it_looked_and_ends_with_65(tmp_path: Path) -> None:

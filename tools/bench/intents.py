@@ -36,7 +36,7 @@ class Size:
     """Examples that are kept of the stream."""
 
 
-SMOKE = Size(tasks=2, intents=3, train=8, test=4, finetune_train=8, finetune_test=4, epochs=1, memory=12)
+SMOKE = Size(tasks=2, intents=4, train=8, test=4, finetune_train=8, finetune_test=4, epochs=1, memory=16)
 
 
 def write(folder: Path, size: Size, *, may_be_made_up: bool) -> list[dict[str, str]]:

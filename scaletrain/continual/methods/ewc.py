@@ -42,7 +42,7 @@ class Ewc(Method):
     name: Literal["ewc"] = "ewc"
     strength: Annotated[float, Field(ge=0)] = 1000.0
     """Lambda. It weighs squared gradients of single samples, which are small near an optimum: usual values are 10 to 100,000.
-    0: no penalty, and no Fisher information is computed or kept."""
+    Clipping bounds the pull of a strong penalty too. 0: no penalty, and no Fisher information is computed or kept."""
     gamma: Annotated[float, Field(gt=0, le=1)] = 1.0
     """What is left, one stage later, of the importance of all stages before. It weighs the penalty as well (see the formula)."""
     samples: Annotated[int, Field(ge=1)] = 256

@@ -51,6 +51,17 @@ def test_what_is_not_finite_is_a_gap_and_is_marked_on_the_axis() -> None:
     assert cells(node.one("table"))[3] == ["2", "not finite"]
 
 
+def test_a_lost_value_among_others_is_marked_and_counted() -> None:
+    """Its bin has a mean all the same."""
+    x = [float(step) for step in range(10_000)]
+    node = figure(curve(x, [NAN if step == 5_000 else 1.0 for step in range(10_000)]))
+    (gap,) = node.all("line", "gap")
+    assert float(gap.get("x1").rstrip("%")) == pytest.approx(50, abs=0.2)
+    (line,) = paths(node, "line")
+    assert line.count("M") == 1
+    assert [title for title in titles(node) if "not finite" in title] == ["step 5,000 to 5,207\ntraining: 1, 1 of 208 not finite"]
+
+
 def test_a_value_between_two_gaps_is_seen() -> None:
     (line,) = paths(figure(curve([0, 1, 2, 3, 4], [1.0, NAN, 2.0, NAN, 1.0])), "line")
     assert line.count("h0") == 3
