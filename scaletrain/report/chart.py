@@ -78,9 +78,9 @@ def _x_axis(chart: Chart) -> Axis:
     if chart.places:
         ticks = tuple(map(float, range(len(chart.places))))
         return Axis(-0.5, len(ticks) - 0.5, ticks, chart.places)
-    starts = [series.x[0] for series in chart.series if series.x]
-    ends = [series.x[-1] for series in chart.series if series.x]
-    return exact(min(starts), max(ends), 5)
+    ends = [end for series in chart.series if series.x for end in (series.x[0], series.x[-1])]
+    ends += [mark.x for mark in chart.marks]
+    return exact(min(ends), max(ends), 5)
 
 
 def _y_axis(chart: Chart, bins: Sequence[Bin]) -> Axis:

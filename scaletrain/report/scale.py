@@ -9,6 +9,8 @@ from itertools import pairwise
 
 LOG_FROM = 50.0
 """Highest over lowest value from which an axis that may be logarithmic is."""
+TINY = 1e-290
+"""Differences up to here are none: what is smaller is a denormal number, or becomes one when it is divided."""
 
 _SUFFIXES = ((1e9, 1e9, "G"), (1e6, 1e6, "M"), (1e4, 1e3, "k"))  # from which tick on, what it is divided by, how that is called
 
@@ -43,7 +45,7 @@ def fitted(low: float, high: float, count: int, *, may_be_logarithmic: bool = Fa
     if may_be_logarithmic and low > 1e-100 and high / low > LOG_FROM:
         return _logarithmic(low, high)
     if _same(low, high):
-        room = abs(low) / 10 or 1.0
+        room = abs(low) / 10 if abs(low) > TINY else 1.0
         low, high = low - room, high + room
     marks = tuple(round_ticks(low, high, count))
     return Axis(marks[0], marks[-1], marks, labels(marks))
@@ -51,7 +53,7 @@ def fitted(low: float, high: float, count: int, *, may_be_logarithmic: bool = Fa
 
 def _same(low: float, high: float) -> bool:
     """Whether no axis could tell the two apart."""
-    return high - low <= 1e-9 * max(abs(low), abs(high))
+    return high - low <= max(1e-9 * max(abs(low), abs(high)), TINY)
 
 
 def round_ticks(low: float, high: float, count: int) -> list[float]:

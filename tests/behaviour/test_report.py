@@ -143,7 +143,7 @@ def test_lines_that_no_run_would_write_are_passed_over(tmp_path: Path, capsys: p
     strange = [
         "[]",
         "null",
-        '{"kind": "step", "step": 2, "loss": 9}',
+        '{"kind": "step", "step": 2, "loss": 9, "real_tokens": 7}',
         '{"kind": "step", "step": "4", "loss": 9}',
         '{"kind": "step", "step": 4, "loss": "9", "terms": [], "real_tokens": true, "gradient_norm": 1' + 400 * "0" + "}",
         '{"kind": "eval", "step": 4, "scores": {"accuracy": null}}',
@@ -253,6 +253,22 @@ def test_a_candidate_that_was_refused_has_its_figures_beside_those_of_the_publis
     ]
     _, candidate = results.all("table", "metrics")
     assert dict(tuple(row[:2]) for row in cells(candidate)[1:])["forgetting"] == "0.3125"  # type: ignore[misc]
+
+
+def test_a_task_that_was_tried_again_counts_with_its_last_attempt(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = write_lineage(tmp_path / "lineage")
+    store = Store(folder)
+    with store.hold():
+        store.append("refused", task="network", version="0003-network", reason="abandoned")
+        store.append("begun", task="numbers", version="0004-numbers", base="0001-text", digest="0" * 64)
+        store.append("evaluated", version="0004-numbers", tasks=["text", "numbers"], row=[0.9, 0.9], remembered=0)
+    _, tables = section(page_of(folder, capsys), "Results").all("table", "metrics")
+    assert dict(tuple(row[:2]) for row in cells(tables)[1:]) == {  # type: ignore[misc]
+        "average accuracy": "0.9000",
+        "average incremental accuracy": "0.9062",
+        "forgetting": "0.0125",
+        "backward transfer": "\N{MINUS SIGN}0.0125",
+    }
 
 
 def test_what_the_gate_said_and_why(lineage: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -97,6 +97,12 @@ def test_hover_shows_every_curve_the_spread_and_what_happened() -> None:
     assert titles(node)[-1] == "step 2\ntraining: 3\nevaluated: 5\ncontinued after step 2"
 
 
+def test_what_happened_before_the_first_value_is_on_the_plot_too() -> None:
+    node = figure(curve([1, 2], [1.0, 2.0]), marks=(Mark(x=0, letters="0001", meaning="0001-a begins"),))
+    assert [line.get("x1") for line in node.one("g", "mark").all("line")] == ["0.00%"]
+    assert paths(node, "line")[0].startswith(f"M{WIDTH / 2:.1f} ")
+
+
 def test_the_table_says_in_few_rows_what_is_drawn() -> None:
     rows = cells(figure(curve([float(step) for step in range(200)], [float(step) for step in range(200)])).one("table"))
     assert rows[0] == ["step", "training"] and len(rows) == 1 + ROWS

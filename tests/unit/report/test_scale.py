@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from scaletrain.report.scale import duration, exact, fitted, fixed, labels, round_ticks, short, size
@@ -26,6 +26,10 @@ def test_ticks_are_round_and_enclose_the_values(low: float, high: float, ticks: 
 
 
 @given(NUMBERS, NUMBERS, st.booleans())
+@example(0.0, 5e-324, False)
+@example(1e-310, 1e-310, True)
+@example(5e-324, 1.0, True)
+@example(1.0, 1.0 + 1e-15, False)
 def test_any_two_values_have_an_axis_around_them(one: float, other: float, logarithmic: bool) -> None:
     low, high = sorted((one, other))
     axis = fitted(low, high, 5, may_be_logarithmic=logarithmic)
