@@ -21,16 +21,20 @@ def restore(checkpoint: Checkpoint, engine: Engine, identity: Mapping[str, str])
 
     Raises CheckpointError, before anything is changed, where ``identity`` or a parameter differs from the checkpoint's.
     """
-    progress = checkpoint.progress
-    for what, mine in identity.items():
-        theirs = progress.identity.get(what)
-        if theirs != mine:
-            rule = f"the checkpoint {checkpoint.folder} was written with {theirs!r}"
-            raise CheckpointError(what, mine, rule, "Use the settings of that run, another output folder, or --fresh.")
+    check_identity(checkpoint, identity)
     _check_shapes(checkpoint, engine)
     phase(lambda: _fill(checkpoint, engine), f"reading {checkpoint.folder}")
     engine.publish(int(checkpoint.manifest["updates"]))
-    return progress
+    return checkpoint.progress
+
+
+def check_identity(checkpoint: Checkpoint, identity: Mapping[str, str]) -> None:
+    """Raises CheckpointError where the checkpoint is of a run with another ``identity``."""
+    for what, mine in identity.items():
+        theirs = checkpoint.progress.identity.get(what)
+        if theirs != mine:
+            rule = f"the checkpoint {checkpoint.folder} was written with {theirs!r}"
+            raise CheckpointError(what, mine, rule, "Use the settings of that run, another output folder, or --fresh.")
 
 
 def _fill(checkpoint: Checkpoint, engine: Engine) -> None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import heapq
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from scaletrain.data.plan import I64, Picks, StepPlan
-from scaletrain.errors import ConfigError, WorldSizeError
+from scaletrain.errors import CheckpointError, ConfigError, WorldSizeError
 
 Layout = Literal["padded", "unpadded"]
 
@@ -62,6 +62,15 @@ class Dealing:
     def of(cls, config: SlotConfig, layout: Layout, world: int) -> Dealing:
         """The rule of a fresh start on ``world`` ranks."""
         return cls(config.micro_batch_tokens, config.slot_multiple or world, config.pad_multiple, layout)
+
+    def check(self, config: SlotConfig, layout: Layout) -> None:
+        """Raises CheckpointError for settings that say otherwise than the run's own rule; an empty slot_multiple says nothing."""
+        asked = asdict(config) | {"layout": layout}
+        for name, kept in asdict(self).items():
+            if asked[name] is not None and asked[name] != kept:
+                where = "model.layout" if name == "layout" else f"slots.{name}"
+                rule = f"this run was started with {kept!r}, and what a slot holds follows from it"
+                raise CheckpointError(where, asked[name], rule, "Set it back, or start again in another folder")
 
 
 class Rounds(NamedTuple):
@@ -116,7 +125,7 @@ class _Runs:
         if self.longest > dealing.micro_batch_tokens:
             rule = f"the longest chunk takes {self.longest} tokens, special tokens included, and a slot must hold it"
             remedy = f"Set it to at least {self.longest}, or prepare the data with a smaller max_tokens"
-            raise ConfigError("data.slots.micro_batch_tokens", dealing.micro_batch_tokens, rule, remedy)
+            raise ConfigError("slots.micro_batch_tokens", dealing.micro_batch_tokens, rule, remedy)
 
     def cost(self, begin: int, end: int) -> int:
         """Tokens that a slot of these chunks computes."""
@@ -196,9 +205,7 @@ class DealtPlan:
             return waste
         worlds = range(1, LARGEST_ADVISED_WORLD + 1)
         fit = [str(n) for n in worlds if needs.waste(n if multiple_follows else multiple, n) <= MAX_WASTE]
-        rule = (
-            f"{waste:.0%} of the slots would do nothing, and at most {MAX_WASTE:.0%} may (data.slots.slot_multiple is {multiple})"
-        )
+        rule = f"{waste:.0%} of the slots would do nothing, and at most {MAX_WASTE:.0%} may (slots.slot_multiple is {multiple})"
         remedy = f"Sizes that fit: {', '.join(fit) or 'none'}. Or take more chunks per step, or smaller micro-batches"
         raise WorldSizeError("world size", world, rule, remedy)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
@@ -15,7 +15,7 @@ from scaletrain.data.loader import Loader, LoaderConfig
 from scaletrain.data.plan import CorpusShape, EvalPlan, OrderConfig, PhaseShape, Plan
 from scaletrain.data.slots import SPECIAL_TOKENS, Dealing, DealtPlan, Layout, SlotConfig
 from scaletrain.data.tokenizer import Vocabulary
-from scaletrain.errors import CheckpointError, ConfigError, CorpusError, TokenizerError
+from scaletrain.errors import ConfigError, CorpusError, TokenizerError
 from scaletrain.tasks.mlm import MaskedLanguageModelling, MlmConfig
 
 
@@ -70,7 +70,7 @@ class Corpora:
         """
         self._config = config
         self.dealing = dealing or Dealing.of(config.slots, layout, dist.world())
-        _check_dealing(config.slots, layout, self.dealing)
+        self.dealing.check(config.slots, layout)
         self._datasets = {path: Dataset.open(path) for path in _paths(config)}
         by_path = self._datasets
         self.tokenizer_folder, self.vocabulary = _shared_tokenizer(list(by_path.values()))
@@ -174,13 +174,3 @@ def _shared_tokenizer(datasets: Sequence[Dataset]) -> tuple[Path, Vocabulary]:
             remedy = "Prepare one again with `tokenizer: {name: pretrained, path: OTHER/tokenizer}`."
             raise TokenizerError(f"tokenizer of {other.folder}", other.tokenizer_digest[:12], rule, remedy)
     return first.tokenizer_folder, Vocabulary.open(first.tokenizer_folder)
-
-
-def _check_dealing(config: SlotConfig, layout: Layout, dealing: Dealing) -> None:
-    """The settings may not say otherwise than the run's own rule; an empty slot_multiple says nothing."""
-    asked = asdict(config) | {"layout": layout}
-    for name, kept in asdict(dealing).items():
-        if asked[name] is not None and asked[name] != kept:
-            where = "model.layout" if name == "layout" else f"data.slots.{name}"
-            rule = f"this run was started with {kept!r}, and what a slot holds follows from it"
-            raise CheckpointError(where, asked[name], rule, "Set it back, or start again from step 0 with --fresh.")

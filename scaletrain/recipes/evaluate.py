@@ -57,7 +57,7 @@ def main(config: EvaluateConfig) -> dict[str, Any] | None:
         raise ConfigError("output", str(config.output), rule, "Choose another folder")
     with Session(config.output, config.compute.device) as session:
         origin = open_classifier(config.model)
-        student = Student(config.compute, origin.classifier, origin.tokenizer_folder, session.device, scenario=config.scenario)
+        student = Student(config.compute, origin, session.device, scenario=config.scenario)
         block = chosen_block(student.blocks, config.task)
         rows = _read(config)
         examples = [example for _, example in curate.distinct(rows)]

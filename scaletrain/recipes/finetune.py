@@ -17,7 +17,7 @@ from scaletrain.data.slots import Dealing
 from scaletrain.model import Block, ClassifierConfig
 from scaletrain.recipes.stage import Kept, Stage, StageConfig, StageData, start_dealing
 from scaletrain.recipes.starting import TaskConfig, frozen, named, open_start, write_model
-from scaletrain.recipes.student import ComputeConfig, Student
+from scaletrain.recipes.student import ComputeConfig, Learning, Student
 from scaletrain.tasks.confusion import Confusion, report_text
 from scaletrain.train.control import Session, StopRequest
 
@@ -59,11 +59,9 @@ def main(config: FinetuneConfig, *, fresh: bool = False) -> dict[str, Any] | Non
         model.grow(origin.classifier, Block(config.task.name, data.labels), config.seed)
         student = Student(
             config.compute,
-            origin.classifier,
-            origin.tokenizer_folder,
+            origin,
             session.device,
-            optimizer=config.training.optimizer,
-            head_factor=config.model.head_learning_rate_factor,
+            learning=Learning(config.training.optimizer, config.model.head_learning_rate_factor),
             dealing=Dealing(**dealing) if dealing else None,
         )
         train, validation = (named(config.task.name, data.splits[split]) for split in ("train", "validation"))

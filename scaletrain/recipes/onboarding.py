@@ -29,7 +29,7 @@ from scaletrain.engine import Shard
 from scaletrain.model import Block, Classifier, ClassifierConfig
 from scaletrain.recipes.stage import Kept, Stage, StageConfig, StageData, methods_identity, start_dealing
 from scaletrain.recipes.starting import model_folder, named, open_start, write_model
-from scaletrain.recipes.student import ComputeConfig, Named, Student
+from scaletrain.recipes.student import ComputeConfig, Learning, Named, Student
 from scaletrain.tasks.classification import Scenario
 from scaletrain.train.control import Session, StopRequest
 
@@ -130,17 +130,15 @@ class Onboarding:
         if (base is None and not self._adopted) or afresh:
             classifier.drop_blocks()
         self._grow(classifier)
+        # What no sample competes among is not pulled back either.
+        idle = [n for n, each in enumerate(classifier.head.blocks) if config.scenario == "task" and each.task not in learned]
         dealing = start_dealing(self._folder)
         return Student(
             config.compute,
-            classifier,
-            origin.tokenizer_folder,
+            origin,
             self._session.device,
             scenario=config.scenario,
-            optimizer=config.training.optimizer,
-            head_factor=config.model.head_learning_rate_factor,
-            # What no sample competes among is not pulled back either.
-            idle=[n for n, each in enumerate(classifier.head.blocks) if config.scenario == "task" and each.task not in learned],
+            learning=Learning(config.training.optimizer, config.model.head_learning_rate_factor, idle),
             dealing=Dealing(**dealing) if dealing else None,
         )
 

@@ -25,7 +25,8 @@ from scaletrain.data.plan import CorpusShape, Cursor, PhaseShape, Plan
 from scaletrain.data.slots import DealtPlan
 from scaletrain.engine import OptimizerConfig
 from scaletrain.errors import CheckpointError, ConfigError, CorpusError, RequeueError
-from scaletrain.recipes.student import Named, Student, digest_of
+from scaletrain.recipes.starting import digest_of
+from scaletrain.recipes.student import Named, Student
 from scaletrain.train.console import Writers, open_writers
 from scaletrain.train.control import Session, StopRequest
 from scaletrain.train.loop import train
@@ -166,10 +167,7 @@ class Stage:
 
     def _check_continues(self, last: Checkpoint) -> None:
         """What restoring would find out, before anything is computed or written; and whether the run is past its last step."""
-        for what, mine in self._identity.items():
-            if (theirs := last.progress.identity.get(what)) != mine:
-                rule = f"the checkpoint {last.folder} was written with {theirs!r}"
-                raise CheckpointError(what, mine, rule, "Use the settings of that run, another output folder, or --fresh.")
+        checkpoint.check_identity(last, self._identity)
         if last.progress.step > self.steps:
             rule = f"the run in {self._folder} has taken {last.progress.step} steps already, and these are {self.steps}"
             raise ConfigError("training.epochs", self._config.epochs, rule, "Set more, another output folder, or --fresh.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,7 +20,6 @@ from scaletrain.data.labelled import Example, Labelled, LabelledConfig
 from scaletrain.errors import CheckpointError, ModelError
 from scaletrain.model import Classifier, ClassifierConfig
 from scaletrain.model.folder import is_model_folder
-from scaletrain.recipes.student import digest_of
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -127,3 +127,8 @@ def write_model(
         tokenizer_folder=tokenizer_folder,
         facts=facts,
     )
+
+
+def digest_of(*parts: str) -> str:
+    """SHA-256 of some texts, as hexadecimal digits."""
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()

@@ -19,8 +19,7 @@ from scaletrain.data.freeze import freeze, frozen_digest, thaw
 from scaletrain.data.labelled import Labelled
 from scaletrain.errors import ConfigError, CorpusError, RefusedError, UndecidedError
 from scaletrain.recipes.onboarding import LineageConfig, Onboarding
-from scaletrain.recipes.starting import TaskConfig, frozen, model_folder
-from scaletrain.recipes.student import digest_of
+from scaletrain.recipes.starting import TaskConfig, digest_of, frozen, model_folder
 from scaletrain.train.control import Session, StopRequest
 
 

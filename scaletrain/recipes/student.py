@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 from collections.abc import Collection, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -21,11 +20,12 @@ from scaletrain.data.examples import Examples, concatenate, encode
 from scaletrain.data.labelled import Example
 from scaletrain.data.loader import Loader, LoaderConfig
 from scaletrain.data.plan import CorpusShape, EvalPlan, Picks
-from scaletrain.data.slots import Dealing, DealtPlan, Layout, SlotConfig
+from scaletrain.data.slots import Dealing, DealtPlan, SlotConfig
 from scaletrain.data.tokenizer import Vocabulary
 from scaletrain.engine import Engine, EngineConfig, OptimizerConfig, Zero3Config
-from scaletrain.errors import CheckpointError, ConfigError
+from scaletrain.errors import ConfigError
 from scaletrain.model import Block, Classifier
+from scaletrain.recipes.starting import Origin
 from scaletrain.tasks.classification import TERM, Classification, Logits, Scenario, visible_columns
 from scaletrain.train.evaluate import evaluate
 
@@ -51,36 +51,46 @@ class ComputeConfig:
     """Examples that are evaluated together."""
 
 
+@dataclass(frozen=True, slots=True)
+class Learning:
+    """How weights follow gradients."""
+
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    head_factor: float = 1.0
+    """Of the learning rate, for the head."""
+    idle: Collection[int] = ()
+    """Numbers of the blocks that no sample trains: they are not decayed either."""
+
+
 class Student:
     """One classifier, placed in an engine. All methods that compute are collective."""
 
     def __init__(
         self,
         config: ComputeConfig,
-        classifier: Classifier,
-        tokenizer_folder: Path,
+        origin: Origin,
         device: torch.device,
         *,
         scenario: Scenario = "class",
-        optimizer: OptimizerConfig | None = None,
-        head_factor: float = 1.0,
+        learning: Learning | None = None,
         dealing: Dealing | None = None,
-        idle: Collection[int] = (),
     ) -> None:
-        """``dealing``: the rule that a run was started with; None on a fresh start."""
+        """``learning``: None for one that is only evaluated. ``dealing``: the rule that a run was started with; None on a fresh
+        start."""
+        classifier, learning = origin.classifier, learning or Learning()
         if config.max_tokens > classifier.max_positions:
             rule = f"the encoder has {classifier.max_positions} positions"
             raise ConfigError("compute.max_tokens", config.max_tokens, rule, f"Set it to at most {classifier.max_positions}")
-        self._config, self.scenario, self.tokenizer_folder = config, scenario, tokenizer_folder
+        self._config, self.scenario, self.tokenizer_folder = config, scenario, origin.tokenizer_folder
         self.classifier = classifier
         self.blocks: tuple[Block, ...] = classifier.head.blocks
         self.dealing = dealing or Dealing.of(config.slots, classifier.layout, dist.world())
-        _check_dealing(config.slots, classifier.layout, self.dealing)
+        self.dealing.check(config.slots, classifier.layout)
         self.brings_multiple = dealing is None and config.slots.slot_multiple is None
-        self._frame = frame_of(tokenizer_folder, classifier, self.dealing.pad_multiple)
+        self._frame = frame_of(origin.tokenizer_folder, classifier, self.dealing.pad_multiple)
         self.visible = visible_columns(scenario, [len(block.labels) for block in self.blocks])
-        optimizer = optimizer or OptimizerConfig()
-        groups = model.parameter_groups(classifier, optimizer.weight_decay, head_factor, idle)
+        optimizer = learning.optimizer
+        groups = model.parameter_groups(classifier, optimizer.weight_decay, learning.head_factor, learning.idle)
         self.engine: Engine = engine.create(config.engine, classifier, groups, optimizer, device)
 
     @property
@@ -147,18 +157,3 @@ def frame_of(tokenizer_folder: Path, classifier: Classifier, pad_multiple: int =
     """How a classifier's inputs are laid out."""
     known = Vocabulary.open(tokenizer_folder)
     return Frame(known.cls, known.sep, known.pad, classifier.layout, pad_multiple, classifier.uses_token_types)
-
-
-def _check_dealing(config: SlotConfig, layout: Layout, dealing: Dealing) -> None:
-    """What a slot holds follows from the rule that a run was started with; an empty slot_multiple says nothing."""
-    asked = asdict(config) | {"layout": layout}
-    for name, kept in asdict(dealing).items():
-        if asked[name] is not None and asked[name] != kept:
-            where = "model.layout" if name == "layout" else f"compute.slots.{name}"
-            rule = f"this run was started with {kept!r}, and what a slot holds follows from it"
-            raise CheckpointError(where, asked[name], rule, "Set it back, or start again in another folder")
-
-
-def digest_of(*parts: str) -> str:
-    """SHA-256 of some texts, as hexadecimal digits."""
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest()

@@ -132,7 +132,7 @@ def test_a_setting_that_cannot_be_read_ends_before_the_run_folder_is_made(
         ),
         (
             ["data.slots.micro_batch_tokens=40"],
-            "data.slots.micro_batch_tokens: got 40; the longest chunk takes 48 tokens, special tokens included, and a slot must "
+            "slots.micro_batch_tokens: got 40; the longest chunk takes 48 tokens, special tokens included, and a slot must "
             "hold it. Set it to at least 48, or prepare the data with a smaller max_tokens",
         ),
         (
@@ -301,8 +301,8 @@ ELSE = "Use the settings of that run, another output folder, or --fresh."
         ),
         (
             "data.slots.slot_multiple=8",
-            "data.slots.slot_multiple: got 8; this run was started with 4, and what a slot holds follows from it. "
-            "Set it back, or start again from step 0 with --fresh.",
+            "slots.slot_multiple: got 8; this run was started with 4, and what a slot holds follows from it. "
+            "Set it back, or start again in another folder",
         ),
         (
             "steps=1",
@@ -373,7 +373,7 @@ def on_ranks(argv: list[str], world: int) -> list[list[Any]]:
 def test_a_number_of_ranks_that_wastes_too_many_slots_is_refused_on_every_rank(prepared: Path, tmp_path: Path) -> None:
     tree = tiny.settings(prepared, tmp_path / "run")
     message = (
-        "world size: got 3; 17% of the slots would do nothing, and at most 10% may (data.slots.slot_multiple is 4). "
+        "world size: got 3; 17% of the slots would do nothing, and at most 10% may (slots.slot_multiple is 4). "
         "Sizes that fit: 1, 2, 4. Or take more chunks per step, or smaller micro-batches"
     )
     assert on_ranks(command("pretrain", tree), 3) == [[65, message]] * 3

@@ -19,7 +19,7 @@ import yaml
 
 from scaletrain import checkpoint
 from scaletrain.train.metrics import read_jsonl
-from tests import tiny
+from tests import streams, tiny
 from tests.hosts import ADDRESSES, NAMES, Hosts, missing, two_hosts
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -73,23 +73,33 @@ def environment(**changes: str) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.corpus(tmp_path_factory.mktemp("corpus"))
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with what the runs read: `prepared`, `encoder`, and the files of a task."""
+    folder = tmp_path_factory.mktemp("inputs")
+    tiny.corpus(folder)
+    streams.encoder(folder / "encoder")
+    streams.task(folder, "fruit")
+    return folder
 
 
-def pretrain(prepared: Path, output: Path) -> dict[str, Any]:
+def pretrain(inputs: Path, output: Path) -> dict[str, Any]:
+    prepared = inputs / "prepared"
     data = {"corpora": [{"path": str(prepared)}], "chunks_per_step": 8, "slots": {"micro_batch_tokens": 512}}
     return tiny.settings(prepared, output, steps=STEPS, data=data)
 
 
-SETTINGS: dict[str, Callable[[Path, Path], dict[str, Any]]] = {"pretrain": pretrain}
-"""Verb -> the settings of a short run on prepared data, into a folder."""
+def finetune(inputs: Path, output: Path) -> dict[str, Any]:
+    return streams.finetuning(inputs / "encoder", output, streams.task(inputs, "fruit"))
 
 
-def job(verb: str, prepared: Path, output: Path, **changes: Any) -> list[str]:
+SETTINGS: dict[str, Callable[[Path, Path], dict[str, Any]]] = {"pretrain": pretrain, "finetune": finetune}
+"""Verb -> the settings of a short run on the inputs, into a folder."""
+
+
+def job(verb: str, inputs: Path, output: Path, **changes: Any) -> list[str]:
     """The command line of a verb."""
     file = output.with_suffix(".yaml")
-    file.write_text(yaml.safe_dump({**SETTINGS[verb](prepared, output), **changes}))
+    file.write_text(yaml.safe_dump({**SETTINGS[verb](inputs, output), **changes}))
     return [verb, "--config", str(file)]
 
 
@@ -118,14 +128,14 @@ def record(output: Path) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def local(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+def local(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """The run folder of a verb on two ranks of one machine."""
     done: dict[str, Path] = {}
 
     def folder(verb: str) -> Path:
         if verb not in done:
             output = tmp_path_factory.mktemp(verb) / "run"
-            ended = run(launch(["backend.ranks=2"], job(verb, prepared, output)))
+            ended = run(launch(["backend.ranks=2"], job(verb, inputs, output)))
             assert ended.returncode == 0, ended.stderr
             done[verb] = output
         return done[verb]
@@ -137,10 +147,10 @@ def local(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[
 @pytest.mark.parametrize("verb", SETTINGS)
 @pytest.mark.usefixtures("nothing_left")
 def test_two_hosts_give_the_losses_and_weights_of_two_local_ranks_to_the_bit(
-    hosts: Hosts, prepared: Path, local: Callable[[str], Path], tmp_path: Path, verb: str, transport: str
+    hosts: Hosts, inputs: Path, local: Callable[[str], Path], tmp_path: Path, verb: str, transport: str
 ) -> None:
     settings = backend(hosts, tmp_path, transport)
-    done = run(hosts.on_first(launch(settings, job(verb, prepared, tmp_path / "run"))))
+    done = run(hosts.on_first(launch(settings, job(verb, inputs, tmp_path / "run"))))
     assert done.returncode == 0, done.stderr
     assert record(tmp_path / "run") == record(local(verb))
     assert losses(tmp_path / "run") == losses(local(verb))
@@ -148,9 +158,9 @@ def test_two_hosts_give_the_losses_and_weights_of_two_local_ranks_to_the_bit(
 
 
 @pytest.mark.usefixtures("nothing_left")
-def test_a_request_to_stop_is_a_checkpoint_and_75_on_all_hosts(hosts: Hosts, prepared: Path, tmp_path: Path) -> None:
+def test_a_request_to_stop_is_a_checkpoint_and_75_on_all_hosts(hosts: Hosts, inputs: Path, tmp_path: Path) -> None:
     output = tmp_path / "run"
-    command = launch(backend(hosts, tmp_path, "pdsh"), job("pretrain", prepared, output, steps=100_000))
+    command = launch(backend(hosts, tmp_path, "pdsh"), job("pretrain", inputs, output, steps=100_000))
     launcher = subprocess.Popen(hosts.on_first(command), cwd=ROOT, env=environment(), stderr=subprocess.PIPE, text=True)
     try:
         assert wait_until(lambda: (output / "metrics.jsonl").exists() and bool(losses(output)))

@@ -248,7 +248,8 @@ def test_a_run_that_was_started_with_other_settings_is_not_continued(
 def test_what_a_slot_holds_stays_as_it_was_at_the_start(finished: dict[str, Any], override: str, mine: str, theirs: str) -> None:
     rule = f"this run was started with {theirs}, and what a slot holds follows from it"
     remedy = "Set it back, or start again in another folder"
-    assert refused(finished, override) == f"{override.partition('=')[0]}: got {mine}; {rule}. {remedy}"
+    said = override.partition("=")[0].removeprefix("compute.")
+    assert refused(finished, override) == f"{said}: got {mine}; {rule}. {remedy}"
 
 
 def test_a_run_that_is_past_the_end_that_it_is_given_is_not_continued(finished: dict[str, Any]) -> None:
