@@ -40,8 +40,8 @@ class QuickstartConfig:
     """Everything is written under this folder. Run again, what is finished there is not done again."""
     ranks: Annotated[int, Field(ge=1)] = 2
     """Processes that train together on this machine."""
-    steps: Annotated[int, Field(ge=1)] = 240
-    """Optimizer steps of the pretraining; some hundred seconds on two cores."""
+    steps: Annotated[int, Field(ge=1)] = 400
+    """Optimizer steps of the pretraining; some two minutes on two cores."""
     epochs: Annotated[float, Field(gt=0)] = 6.0
     """Passes over the examples of each task."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 1
@@ -141,7 +141,7 @@ def settings(config: QuickstartConfig, files: Mapping[str, Mapping[str, Any]]) -
         "on_refusal": "continue",  # to show what becomes of a stream that goes on all the same
     }
     methods = [
-        {"name": "replay", "capacity": 800, "per_new": 1.0, "seed": config.seed},
+        {"name": "replay", "capacity": 800, "per_new": 2.0, "seed": config.seed},
         {"name": "ewc", "strength": 100.0, "samples": 128},
         {"name": "lwf", "strength": 1.0},
     ]
