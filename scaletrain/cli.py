@@ -113,7 +113,7 @@ VERBS: Mapping[str, Verb] = {
     ),
     "quickstart": Verb(
         module="scaletrain.recipes.quickstart",
-        summary="all of it in minutes, without a download: prepare, pretrain on two ranks, export, fill in masks",
+        summary="all of it in minutes, without a download: pretrain on two ranks, fine-tune, learn more tasks, publish",
         embedded=True,
     ),
 }
@@ -182,7 +182,9 @@ def _launch(argv: Sequence[str]) -> int:
     if not job or job[0] not in verbs:
         parser.error(f"after -- comes the verb to run on every rank: {', '.join(verbs)}")
     settings = config.load(LaunchConfig, options.config, options.override)
-    # Read before anything starts: a file that is not there is then said once, not once per rank.
+    if {"-h", "--help"} & set(job[1:]):
+        return _run(job)
+    # The file is read before anything starts, but not decoded: the settings of a verb belong to modules that need torch.
     verb = VERBS[job[0]]
     asked = _parser(job[0], verb).parse_intermixed_args(job[1:])
     output = config.load_tree(asked.config, _overrides(verb, asked)).get(verb.folder)
@@ -211,7 +213,7 @@ def _top_parser() -> argparse.ArgumentParser:
     listing = "\n".join(f"  {name:<12}{summary}" for name, summary in verbs.items())
     parser = _Parser(
         prog="scaletrain",
-        usage="scaletrain VERB --config FILE [key.path=value ...]",
+        usage="scaletrain VERB [--config FILE] [key.path=value ...]",
         description=f"{(scaletrain.__doc__ or '').splitlines()[0]}\n\nverbs:\n{listing}",
         epilog="`scaletrain VERB --help` lists every setting of a verb with its default.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -226,8 +228,9 @@ def _parser(name: str, verb: Verb) -> argparse.ArgumentParser:
     parser = _Parser(prog=f"scaletrain {name}", description=verb.summary, add_help=False, allow_abbrev=False)
     parser.add_argument("--config", type=Path, metavar="FILE", required=not verb.embedded, help="YAML; may build on a `base:`")
     parser.add_argument("override", nargs="*", metavar="key.path=value", help="a setting that takes precedence over the file's")
-    for place in verb.places:
-        parser.add_argument(f"--{place}", metavar="PATH", help=f"the same as {place}=PATH")
+    for number, place in enumerate(verb.places):
+        bare = "; may also be given as a bare word" if number == 0 else ""
+        parser.add_argument(f"--{place}", metavar=place.upper(), help=f"the same as {place}={place.upper()}{bare}")
     for permission, meaning in verb.permissions.items():
         parser.add_argument(f"--{permission}", action="store_true", help=meaning)
     parser.add_argument("--debug", action="store_true", help="show where an error was raised")

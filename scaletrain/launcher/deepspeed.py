@@ -106,7 +106,7 @@ def run(config: DeepspeedConfig, job: Job, *, dry_run: bool = False) -> int:
 
     carriers = plan(config, hosts, job, way, meeting).carriers
     nodes = Nodes(carriers, pass_on, grace_s=config.grace_s, peer_grace_s=config.peer_grace_s)
-    with signals_to(nodes):
+    with signals_to(nodes.request_stop):
         try:
             nodes.start()
             nodes.wait()

@@ -96,7 +96,7 @@ class Group:
             stdout=sink,
             stderr=None if sink is None else subprocess.STDOUT,
             process_group=self.members[0].process.pid if self.members else 0,
-            preexec_fn=partial(_die_with, os.getpid()),
+            preexec_fn=partial(die_with, os.getpid()),
         )
         self.members.append(Member(planned, child))
         if child.stdout is not None:
@@ -186,7 +186,7 @@ class Group:
                 self._ears.unregister(key.fileobj)
 
 
-def _die_with(parent: int) -> None:
+def die_with(parent: int) -> None:
     """Runs in the new process: have the kernel kill it when its parent goes, however that may be."""
     _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:  # It went before the kernel was told.
@@ -199,13 +199,18 @@ def signal_name(number: int) -> str:
 
 
 @contextmanager
-def signals_to(group: Group) -> Iterator[None]:
-    """While the group runs, SIGTERM, SIGINT and SIGUSR1 are its: the terminal sends Ctrl-C to the launcher's group only."""
+def signals_to(tell: Callable[[int], None]) -> Iterator[None]:
+    """SIGTERM, SIGINT and SIGUSR1 go to the processes behind ``tell`` inside: the terminal sends Ctrl-C to this group only.
+
+    A terminal that hangs up asks them to stop as SIGTERM does, unless that was to be ignored (nohup).
+    """
 
     def forward(number: int, frame: FrameType | None) -> None:
-        group.request_stop(number)
+        tell(signal.SIGTERM if number == signal.SIGHUP else number)
 
-    before = {number: signal.signal(number, forward) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
+    heard = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1]
+    heard += [signal.SIGHUP] if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN else []
+    before = {number: signal.signal(number, forward) for number in heard}
     try:
         yield
     finally:

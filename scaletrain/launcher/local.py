@@ -44,7 +44,7 @@ def run(config: LocalConfig, job: Job, *, dry_run: bool = False) -> int:
         return 0
     record = forget(job.output)
     group = Group(plan.processes, grace_s=config.grace_s, peer_grace_s=config.peer_grace_s, logs=config.logs)
-    with signals_to(group):
+    with signals_to(group.request_stop):
         try:
             group.start()
             group.wait()

@@ -163,7 +163,7 @@ def run_ranks(order: RunRanks) -> int:
     plan = on_nodes(order.argv, order.slots, order.address, order.port, needed)
     mine = [process for process in plan.processes if process.node == order.node]
     ranks = _Ranks(mine, grace_s=order.grace_s, peer_grace_s=order.peer_grace_s, logs=order.logs)
-    with socket.socket(socket.AF_UNIX) as door, signals_to(ranks):
+    with socket.socket(socket.AF_UNIX) as door, signals_to(ranks.request_stop):
         door.bind(_door(order.job, order.node))
         door.listen()
         ranks.watch(door, partial(ranks.answer, door))
@@ -211,13 +211,14 @@ class _Ranks(Group):
         """Do what is asked at the door, if it is this user (or root) who asks."""
         with contextlib.suppress(OSError):
             visitor, _ = door.accept()
-            self.visitors += (visitor,)
             visitor.settimeout(1.0)
+            # Who it is comes first: anybody on the machine may knock, and whoever says nothing would be waited for.
             _, user, _ = _UCRED.unpack(visitor.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))
-            asked = int.from_bytes(visitor.recv(1))
-            if user not in (0, os.getuid()) or asked not in PASSED_ON:
+            asked = int.from_bytes(visitor.recv(1)) if user in (0, os.getuid()) else None
+            if asked not in PASSED_ON:
                 visitor.close()
                 return True
+            self.visitors += (visitor,)
             if asked == signal.SIGKILL:
                 self.cut_short()
             else:

@@ -50,7 +50,8 @@ def outcome(group: Group, record: Path | None) -> int:
 
 def show(group: Group) -> None:
     """Say who failed first, with their last words; not those that only repeat what rank 0 has said itself."""
-    spoken = {member.code for member in group.failed if member.planned.rank == 0}
+    # Whoever ended with a code has said why; one that was killed, perhaps by us and for another's fault, has not.
+    spoken = {member.code for member in group.members if member.planned.rank == 0 and (member.code or 0) > 0}
     for member in group.failed:
         if member.planned.rank == 0 or member.code not in spoken:
             for line in group.explain(member):

@@ -46,7 +46,9 @@ CARRIED = (
 CARRIED_FAMILIES = ("GLOO_", "NCCL_", "TORCH_NCCL_", "UCX_")
 """How the names of further ones begin."""
 
-_SECRET = re.compile(r"PASSW|(^|_)(TOKENS?|SECRETS?|CREDENTIALS?|KEY|(API|ACCESS|PRIVATE)KEY)(_|$)", re.IGNORECASE)
+_SECRET = re.compile(r"PASSW|SECRET|CREDENTIAL|TOKENS?(_|$)|(^|_)(PASS|AUTH|KEY|(API|ACCESS|PRIVATE)KEY)(_|$)", re.IGNORECASE)
+_SECRET_VALUE = re.compile(r"://[^/@\s]*:[^/@\s]+@")
+"""A URL with a password in it."""
 
 
 def carried(environment: Mapping[str, str], extra: Sequence[str], interface: str | None) -> dict[str, str]:
@@ -55,7 +57,7 @@ def carried(environment: Mapping[str, str], extra: Sequence[str], interface: str
         if not re.fullmatch("[A-Za-z_][A-Za-z0-9_]*", name) or name not in environment:
             rule = "must be the name of a variable that is set where the job is launched"
             raise ConfigError("backend.environment", name, rule, "Set it there, or take it off the list.")
-        if _SECRET.search(name):
+        if _SECRET.search(name) or _SECRET_VALUE.search(environment[name]):
             rule = "the process list of every node shows the values of carried variables to everybody, so secrets are refused"
             raise ConfigError("backend.environment", name, rule, "Put it into a file that the job reads.")
     taken = {name for name in environment if name in CARRIED or name in extra or name.startswith(CARRIED_FAMILIES)}
@@ -83,7 +85,7 @@ class Transport:
         # exec: no shell stands between sshd and the process that watches over the ranks.
         line = f"cd {shlex.quote(str(self.folder))} && exec env {added}{command}"
         if self.name == "ssh":
-            return Process(node=host.name, rank=number, argv=("ssh", *self.options, host.name, line), env={})
+            return Process(node=host.name, rank=number, argv=("ssh", *self.options, "--", host.name, line), env={})
         # One pdsh per host: one for all says how the worst of them ended when all have, not which it was, nor when.
         # It replaces %h, %u and %n in what it is given; its own default for the arguments of ssh would override the user there.
         argv = ("pdsh", "-S", "-N", "-R", "ssh", "-w", host.name, line.replace("%", "%%"))

@@ -1,4 +1,4 @@
-"""Three small classification tasks that every Python carries with it: which module does this docstring come from?"""
+"""Four small classification tasks that every Python carries with it: which module does this docstring come from?"""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ TASKS: Mapping[str, tuple[str, ...]] = {
     "first": ("email", "_pydecimal", "typing", "logging"),
     "second": ("asyncio", "xml", "difflib", "unittest"),
     "third": ("importlib", "doctest", "http", "ipaddress"),
+    "fourth": ("inspect", "urllib", "threading", "configparser"),
 }
 """Task -> its labels: modules with many docstrings that no distribution packages apart, each in one task only."""
 

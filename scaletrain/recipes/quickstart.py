@@ -6,11 +6,14 @@ Every stage is a command that the user could have typed, run with settings that 
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,7 +22,8 @@ import yaml
 from pydantic import Field
 
 from scaletrain.data.dataset import Dataset
-from scaletrain.errors import ScaletrainError
+from scaletrain.errors import ConfigError, RequeueError, ScaletrainError
+from scaletrain.launcher.group import die_with, signals_to
 from scaletrain.recipes.docstrings import TASKS, write_tasks
 from scaletrain.train.console import curve
 from scaletrain.train.metrics import read_jsonl
@@ -56,8 +60,13 @@ def main(config: QuickstartConfig) -> dict[str, Any]:
     began = time.monotonic()
     trees = settings(config, write_tasks(config.output / "tasks"))
     file = {name: str(config.output / f"{name}.yaml") for name in trees}
-    for name, tree in trees.items():
-        Path(file[name]).write_text(yaml.safe_dump(tree, sort_keys=False))
+    texts = {Path(file[name]): yaml.safe_dump(tree, sort_keys=False) for name, tree in trees.items()}
+    for path, text in texts.items():
+        if path.exists() and path.read_text() != text:  # a stage that follows would find another start than it began with
+            rule = f"an earlier quickstart has left {path.name} there with other settings"
+            raise ConfigError("output", str(config.output), rule, "Use its settings, or another folder: output=FOLDER")
+    for path, text in texts.items():
+        path.write_text(text)
     launch = ["launch", f"backend.ranks={config.ranks}", "--"]
     _run("Prepare the text that ships with Python", ["prepare", "--config", file["prepare"]])
     _run(f"Pretrain a small BERT with ZeRO-3 on {config.ranks} ranks", [*launch, "pretrain", "--config", file["pretrain"]])
@@ -91,9 +100,9 @@ def main(config: QuickstartConfig) -> dict[str, Any]:
     print(summary(result, streams))
     print(
         f"\nThe page is {lineage}/report.html, the model {trees['export']['output']}. Next:\n"
-        f"  scaletrain history {lineage}\n"
-        f"  echo 'Return the root of the tree.' | scaletrain predict {lineage} top=3\n"
-        f"  scaletrain onboard --lineage {lineage} --task MY_TASK.yaml\n"
+        f"  {_program()} history {lineage}\n"
+        f"  echo 'Return the root of the tree.' | {_program()} predict {lineage} top=3\n"
+        f"  {_program()} onboard --lineage {lineage} --task {file['fourth']}\n"
     )
     return result
 
@@ -122,7 +131,9 @@ def settings(config: QuickstartConfig, files: Mapping[str, Mapping[str, Any]]) -
         "checkpoint": {"every_steps": config.steps},
         "metrics": {"log_every": 40},
     }
-    first, *further = ({"name": name, "data": {**files[name], "validation_fraction": 0, "conflicts": "keep"}} for name in TASKS)
+    first, *further, fourth = (
+        {"name": name, "data": {**files[name], "validation_fraction": 0, "conflicts": "keep"}} for name in TASKS
+    )
     training = {
         "epochs": config.epochs,
         "batch_size": 32,
@@ -152,6 +163,7 @@ def settings(config: QuickstartConfig, files: Mapping[str, Mapping[str, Any]]) -
         "naive": {**stream, "output": at["naive"]},
         "protected": {**stream, "output": at["protected"], "methods": methods},
         "export": {"run": at["protected"], "output": at["model"]},
+        "fourth": fourth,  # for the user to onboard
     }
 
 
@@ -184,16 +196,42 @@ def _outcome(stream: Mapping[str, Any]) -> dict[str, Any]:
     return {"average_accuracy": stream["average_accuracy"], "forgetting": stream["forgetting"], "gate": last}
 
 
+def _program() -> str:
+    """How this `scaletrain` is called from here: it is not on the PATH unless its environment was activated."""
+    mine = Path(sys.executable).with_name("scaletrain")
+    found = shutil.which("scaletrain")
+    return "scaletrain" if found and Path(found).resolve() == mine.resolve() else os.path.relpath(mine)
+
+
 def _run(title: str, arguments: list[str]) -> dict[str, Any]:
-    """One stage as a command; returns the JSON object in its last line, if any. Raises ScaletrainError with its code."""
+    """One stage as a command; returns the JSON object in its last line, if any. Raises ScaletrainError with its code.
+
+    Signals are the stage's, which may have something to save; it does not outlive this process.
+    """
     print(f"\n== {title}\n$ scaletrain {' '.join(arguments)}", flush=True)
-    with subprocess.Popen([sys.executable, "-m", "scaletrain", *arguments], stdout=subprocess.PIPE, text=True) as stage:
+    with subprocess.Popen(
+        [sys.executable, "-m", "scaletrain", *arguments],
+        stdout=subprocess.PIPE,
+        text=True,
+        process_group=0,
+        preexec_fn=partial(die_with, os.getpid()),
+    ) as stage:
+        asked: list[int] = []
+
+        def tell(number: int) -> None:
+            asked.append(number)
+            stage.send_signal(number)
+
         assert stage.stdout is not None
         last = ""
-        for line in stage.stdout:
-            if last:
-                print(last, end="", flush=True)
-            last = line
+        with signals_to(tell):
+            for line in stage.stdout:
+                if last:
+                    print(last, end="", flush=True)
+                last = line
+            stage.wait()
+    if asked:
+        raise RequeueError(f"stopped on request in `scaletrain {arguments[0]}`; the same command continues it")
     if stage.returncode:
         error = ScaletrainError(
             f"`scaletrain {' '.join(arguments)}` ended with exit code {stage.returncode}; its message is above"

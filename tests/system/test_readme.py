@@ -38,14 +38,19 @@ def as_here(words: list[str]) -> list[str]:
     """The same command with this interpreter's programs, made shorter."""
     shorter = [extra for name, extras in SHORTER.items() if name in words for extra in extras]
     if words[0] == "tools/quickstart" and Path(sys.prefix) != ROOT / ".venv":
-        words = ["scaletrain", "quickstart"]  # not in the environment that the tools make: do not make one in a test
+        words = [
+            sys.executable,
+            "-m",
+            "scaletrain",
+            "quickstart",
+        ]  # not in the environment that the tools make: do not make one in a test
     if words[0] == "tools/test" and Path(sys.prefix) != ROOT / ".venv":
         words = [sys.executable, "-m", "pytest"]
     if words[0] == "deepspeed":
         words = ["deepspeed", "--master_port", str(free_port()), *words[1:]]  # its own choice may be taken on a shared machine
     if words[0].startswith("tools/"):
         return [str(ROOT / words[0]), *words[1:], *shorter]
-    return [str(Path(sys.executable).with_name(words[0])) if "/" not in words[0] else words[0], *words[1:], *shorter]
+    return [*words, *shorter]
 
 
 @pytest.fixture(scope="module")
@@ -55,10 +60,14 @@ def outputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, subprocess.Co
     (folder / "configs").symlink_to(ROOT / "configs")
     (folder / "prepared").mkdir()
     (folder / "prepared" / "stdlib").symlink_to(folder / "quickstart" / "corpus")
-    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    here = str(Path(sys.executable).parent)
+    path = os.pathsep.join(part for part in os.environ["PATH"].split(os.pathsep) if not (Path(part) / "scaletrain").exists())
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "PATH": path, "OMP_NUM_THREADS": "1"}
     done = {}
     for words in commands():
+        if words == [".", ".venv/bin/activate"]:  # what it does; before it no command is found that is not at its own path
+            environment["PATH"] = f"{here}{os.pathsep}{path}"
+            continue
         where = ROOT if words[0] == "tools/test" else folder
         done[" ".join(words)] = subprocess.run(
             as_here(words), cwd=where, env=environment, capture_output=True, text=True, timeout=600

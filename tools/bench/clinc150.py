@@ -65,7 +65,7 @@ COMMON = {
     "max_tokens": 64,
 }
 FINETUNE = {**COMMON, "learning_rate": 3e-4, "head_factor": 1.0, "batch_size": 32, "warmup_share": 0.06, "final_ratio": 0.0}
-# A stage is 25 steps: without a warm-up and with a constant rate a new task is learned in them, also at a rate that old ones bear.
+# A stage is 25 steps: a constant rate without a warm-up learns a new task in them, also where it is low enough for the old ones.
 STREAM = {**COMMON, "learning_rate": 1e-4, "head_factor": 100.0, "batch_size": 16, "warmup_share": 0.0, "final_ratio": 1.0}
 
 PROTECTED: list[dict[str, Any]] = [{"name": "ewc"}, {"name": "lwf"}]

@@ -86,7 +86,7 @@ def test_a_plan_has_one_carrier_per_host_and_its_ranks_with_their_environment() 
     order |= {"port": 7, "grace_s": 5.0, "peer_grace_s": 10.0, "logs": "logs"}
     command = f"cd /w && exec env A='b c' /python -m scaletrain.launcher '{json.dumps(order)}'"
     assert [(carrier.node, carrier.rank) for carrier in plan.carriers] == [("n1", 0), ("n2", 1)]
-    assert plan.carriers[1].argv == ("ssh", "-x", "n2", command)
+    assert plan.carriers[1].argv == ("ssh", "-x", "--", "n2", command)
 
 
 def test_a_dry_run_asks_nobody_and_touches_nothing(

@@ -27,9 +27,9 @@ def transport(name: Literal["ssh", "pdsh"] = "ssh", **changes: Any) -> Transport
 
 def test_ssh_takes_one_word_that_its_shell_cuts_into_the_command() -> None:
     carrier = transport().carry(HOST, 0, ORDER)
-    assert (carrier.argv[:4], len(carrier.argv), carrier.env) == (("ssh", "-x", "-p22", "n1"), 5, {})
+    assert (carrier.argv[:5], len(carrier.argv), carrier.env) == (("ssh", "-x", "-p22", "--", "n1"), 6, {})
     words = ["cd", "/work", "&&", "exec", "env", "A=1", "/bin/python", "-m", "scaletrain.launcher", written(ORDER)]
-    assert shlex.split(carrier.argv[4]) == words
+    assert shlex.split(carrier.argv[5]) == words
 
 
 def test_pdsh_takes_the_same_word_and_gives_the_same_options_to_ssh() -> None:
@@ -68,13 +68,21 @@ def test_an_interface_that_was_chosen_is_that_of_gloo_and_nccl() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["HF_TOKEN", "AWS_SECRET_ACCESS_KEY", "PGPASSWORD", "WANDB_API_KEY", "SSH_KEY", "GIT_CREDENTIALS"]
+    "name",
+    ["HF_TOKEN", "AWS_SECRET_ACCESS_KEY", "PGPASSWORD", "WANDB_API_KEY", "SSH_KEY", "GIT_CREDENTIALS", "DB_PASS", "AUTH_HEADER"],
 )
 def test_a_secret_is_not_carried(name: str) -> None:
     with pytest.raises(
         ConfigError, match=rf"^backend.environment: got '{name}'; the process list of every node shows the values"
     ):
         carried({name: "x"}, (name,), None)
+
+
+def test_a_secret_in_a_url_is_not_carried() -> None:
+    for value in ("http://me:secret@proxy:3128", "https://:secret@proxy"):
+        with pytest.raises(ConfigError, match=r"^backend.environment: got 'PROXY'; the process list of every node"):
+            carried({"PROXY": value}, ("PROXY",), None)
+    assert carried({"PROXY": "http://proxy:3128/@a"}, ("PROXY",), None)["PROXY"] == "http://proxy:3128/@a"
 
 
 @pytest.mark.parametrize("name", ["ABSENT", "A=1; id", "", "-u"])
