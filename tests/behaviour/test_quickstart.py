@@ -1,4 +1,4 @@
-"""The quickstart, stopped: its stage has saved, nothing is left behind, and the same command goes on, with the same settings only."""
+"""The quickstart, stopped: its stage has saved, no process is left, and the same command goes on, with the same settings only."""
 
 from __future__ import annotations
 

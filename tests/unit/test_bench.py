@@ -159,3 +159,27 @@ def test_recovery_and_the_ratio_of_steps_are_taken_within_a_round_and_a_side(out
     assert rows["replay", "ours"]["forgetting"] == pytest.approx(0.3)
     assert (rows["replay", "rival"]["recovery"], rows["joint", "ours"]["forgetting"]) == (None, None)
     assert rows["replay", "ours"]["samples_per_cpu_s"] == pytest.approx(2.0)
+
+
+# --------------------------------------------------------------------------------------------------------------------- quickstart
+
+
+def test_the_smoke_run_of_quickstart_has_every_check(tmp_path: Path) -> None:
+    done = run(tmp_path, "--smoke", "--work", str(tmp_path / "work"), script="quickstart")
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert (result["bench"], result["smoke"], [row["seed"] for row in result["table"]]) == ("quickstart", True, [1])
+    assert result["table"][0]["naive"]["gate"] in ("published", "refused", "undecided")
+    assert result["checks"]["exported - original, largest difference of a logit"]["value"] <= 1e-5
+
+
+def test_the_worst_seed_is_what_counts() -> None:
+    def row(naive: float, protected: float, gate: str) -> dict[str, Any]:
+        streams = {"naive": {"forgetting": naive, "gate": "refused"}, "protected": {"forgetting": protected, "gate": gate}}
+        losses = {"mlm_eval_loss_last": 5.5, "unigram_entropy": 6.0, "finetune_accuracy": 0.9, "majority_baseline": 0.4}
+        return {**streams, **losses, "export_max_abs_diff": 0.0, "seconds": 100 * protected}
+
+    found = module("quickstart").checks([row(0.8, 0.2, "published"), row(0.8, 0.6, "refused")])
+    values = [check["value"] for check in found.values()]
+    assert values == pytest.approx([0.75, 2, 1, -0.5, 0.5, 0.0, 60.0])
+    assert [check["target"] for check in found.values()][1:3] == [">= 2", ">= 2"]
