@@ -36,7 +36,7 @@ _BATCH = 1024
 
 @dataclass(frozen=True, eq=False)
 class Examples:
-    """One corpus of a plan: ``chunks`` examples. Made by ``encode``; its arrays cannot be written to."""
+    """One corpus of a plan: ``chunks`` examples. Made by an ``Encoder``; its arrays cannot be written to."""
 
     tokens: I32
     """Token ids of all examples, end to end, without the first and last special token of each."""
@@ -89,33 +89,38 @@ class Examples:
         return self.tokens[self.offsets[chunk] : self.offsets[chunk + 1]]
 
 
-def encode(
-    examples: Sequence[Example],
-    tokenizer_folder: Path,
-    max_tokens: int,
-    targets: Callable[[Example], int] | Mapping[str, int],
-    task: int = 0,
-) -> Examples:
-    """Tokenise as plain ``transformers`` does, cutting an example (of a pair the longer text first) to ``max_tokens``.
+class Encoder:
+    """Tokenises as plain ``transformers`` does, cutting an example (of a pair the longer text first) to ``max_tokens``.
 
-    ``max_tokens`` counts all special tokens. ``targets`` gives the column of an example, or of a label. Raises TokenizerError for
-    a tokenizer that cannot be loaded or does not put its ``cls_token`` first and its ``sep_token`` last, ConfigError for a
-    ``max_tokens`` that holds no text, and CorpusError for a label without a column.
+    The tokenizer is loaded once: that takes longer than to tokenise a thousand short texts.
     """
-    tokenizer = load(PretrainedConfig(path=str(tokenizer_folder)))
-    _check_room(tokenizer, max_tokens)
-    column = targets if callable(targets) else _columns(targets)
-    batches = [_Batch.of(batch, tokenizer, max_tokens) for batch in _batches(examples)]
-    lengths = np.array([length for batch in batches for length in batch.lengths], dtype=np.int64)
-    return Examples(
-        tokens=np.concatenate([np.empty(0, np.int32), *(batch.tokens for batch in batches)]),
-        offsets=np.concatenate([[0], np.cumsum(lengths)]),
-        boundary=np.array([place for batch in batches for place in batch.boundary], dtype=np.int32),
-        target=np.array([column(example) for example in examples], dtype=np.int64),
-        task=np.full(len(examples), task, dtype=np.int16),
-        keys=tuple(example.key for example in examples),
-        truncated=sum(batch.truncated for batch in batches),
-    )
+
+    def __init__(self, tokenizer_folder: Path, max_tokens: int) -> None:
+        """``max_tokens`` counts all special tokens. Raises TokenizerError for a tokenizer that cannot be loaded, and ConfigError
+        for a ``max_tokens`` that holds no text."""
+        self._tokenizer, self._max_tokens = load(PretrainedConfig(path=str(tokenizer_folder))), max_tokens
+        _check_room(self._tokenizer, max_tokens)
+
+    def encode(
+        self, examples: Sequence[Example], targets: Callable[[Example], int] | Mapping[str, int], task: int = 0
+    ) -> Examples:
+        """``targets`` gives the column of an example, or of a label.
+
+        Raises TokenizerError for a tokenizer that does not put its ``cls_token`` first and its ``sep_token`` last, CorpusError
+        for a label without a column.
+        """
+        column = targets if callable(targets) else _columns(targets)
+        batches = [_Batch.of(batch, self._tokenizer, self._max_tokens) for batch in _batches(examples)]
+        lengths = np.array([length for batch in batches for length in batch.lengths], dtype=np.int64)
+        return Examples(
+            tokens=np.concatenate([np.empty(0, np.int32), *(batch.tokens for batch in batches)]),
+            offsets=np.concatenate([[0], np.cumsum(lengths)]),
+            boundary=np.array([place for batch in batches for place in batch.boundary], dtype=np.int32),
+            target=np.array([column(example) for example in examples], dtype=np.int64),
+            task=np.full(len(examples), task, dtype=np.int16),
+            keys=tuple(example.key for example in examples),
+            truncated=sum(batch.truncated for batch in batches),
+        )
 
 
 def concatenate(parts: Sequence[Examples]) -> Examples:

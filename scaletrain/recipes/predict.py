@@ -18,7 +18,7 @@ from pydantic import Field
 
 from scaletrain import dist, durable
 from scaletrain.data import tables
-from scaletrain.data.examples import encode
+from scaletrain.data.examples import Encoder
 from scaletrain.data.plan import Picks
 from scaletrain.data.sources.files import read_lines
 from scaletrain.data.tables import ColumnsConfig, Example
@@ -77,7 +77,7 @@ class Predictor:
 
     def __init__(self, config: PredictConfig) -> None:
         origin = open_classifier(config.model)
-        self._config, self._tokenizer_folder = config, origin.tokenizer_folder
+        self._config = config
         self._device = dist.device(config.device)
         self._classifier = origin.classifier.eval().to(self._device)
         self.blocks = self._classifier.head.blocks
@@ -85,14 +85,14 @@ class Predictor:
         self._labels = [(block.task, label) if several else ("", label) for block in self.blocks for label in block.labels]
         self._task = self.blocks.index(chosen_block(self.blocks, config.task)) if config.scenario == "task" else 0
         self._visible = visible_columns(config.scenario, [len(block.labels) for block in self.blocks])
+        self._encoder = Encoder(origin.tokenizer_folder, min(config.max_tokens, self._classifier.max_positions))
         self._frame = frame_of(origin.tokenizer_folder, self._classifier)
 
     def answers(self, texts: Sequence[tuple[str, str | None]]) -> Iterator[dict[str, Any]]:
         """For each (text, pair): ``label``, ``probability``, of several tasks ``task``; with ``top`` above 1, ``others``."""
         unlabelled = [Example(str(place), text, pair, "") for place, (text, pair) in enumerate(texts)]
-        tokens = min(self._config.max_tokens, self._classifier.max_positions)
         column = int(np.argmax(self._visible[self._task]))
-        examples = encode(unlabelled, self._tokenizer_folder, tokens, lambda _: column, self._task)
+        examples = self._encoder.encode(unlabelled, lambda _: column, self._task)
         task = Classification([examples], self._visible, self._frame, 0)
         places = np.arange(len(texts))
         picks = Picks(np.zeros(len(texts), np.int16), np.zeros(len(texts), np.int64), places)

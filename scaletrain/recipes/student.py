@@ -16,7 +16,7 @@ from pydantic import Field
 from scaletrain import dist, engine, model
 from scaletrain.data import keyed
 from scaletrain.data.collate import Frame, Slot
-from scaletrain.data.examples import Examples, concatenate, encode
+from scaletrain.data.examples import Encoder, Examples, concatenate
 from scaletrain.data.labelled import Example
 from scaletrain.data.loader import Loader, LoaderConfig
 from scaletrain.data.plan import CorpusShape, EvalPlan, Picks
@@ -82,6 +82,7 @@ class Student:
             rule = f"the encoder has {classifier.max_positions} positions"
             raise ConfigError("compute.max_tokens", config.max_tokens, rule, f"Set it to at most {classifier.max_positions}")
         self._config, self.scenario, self.tokenizer_folder = config, scenario, origin.tokenizer_folder
+        self._encoder = Encoder(origin.tokenizer_folder, config.max_tokens)
         self.classifier = classifier
         self.blocks: tuple[Block, ...] = classifier.head.blocks
         self.dealing = dealing or Dealing.of(config.slots, classifier.layout, dist.world())
@@ -105,7 +106,7 @@ class Student:
         for task, run in itertools.groupby(examples, key=lambda pair: pair[0]):
             number, columns = self._columns(task)
             own = [example for _, example in run]
-            parts.append(encode(own, self.tokenizer_folder, self._config.max_tokens, columns, number))
+            parts.append(self._encoder.encode(own, columns, number))
         return concatenate(parts)
 
     def _columns(self, task: str) -> tuple[int, dict[str, int]]:

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from scaletrain.data import examples, tokenizer
-from scaletrain.data.examples import Examples, concatenate, encode
+from scaletrain.data.examples import Encoder, Examples, concatenate
 from scaletrain.data.labelled import Example
 from scaletrain.data.loader import Loader, LoaderConfig
 from scaletrain.data.plan import CorpusShape, EvalPlan
@@ -25,6 +25,13 @@ from scaletrain.errors import ConfigError, CorpusError, TokenizerError
 TEXTS = ["The black cat sat on seven mats.", "purring", "黑猫坐在垫子上", "It is blacker than the blackest cat, it is!" * 3]
 SETTINGS = {"wordpiece": WordPieceConfig(vocab_size=300), "bpe": ByteLevelConfig(vocab_size=400)}
 COLUMNS = {"a": 3, "b": 5}
+
+
+Targets = Callable[[Example], int] | dict[str, int]
+
+
+def encode(source: Sequence[Example], folder: Path, max_tokens: int, targets: Targets, task: int = 0) -> Examples:
+    return Encoder(folder, max_tokens).encode(source, targets, task)
 
 
 def single(*texts: str) -> list[Example]:
