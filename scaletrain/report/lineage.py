@@ -201,7 +201,7 @@ def _of_many(versions: Sequence[Version]) -> tuple[Series, ...]:
     worst = [min(version.accuracies, key=version.accuracies.__getitem__) for version in versions]
     lowest = [version.accuracies[task] for version, task in zip(versions, worst, strict=True)]
     known = Series(
-        name="mean of the tasks known, and band from the lowest to the highest",
+        name="mean and range of the tasks known",
         x=[at for at, _ in points],
         y=[value for _, value in points],
         dotted=True,

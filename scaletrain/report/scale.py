@@ -40,9 +40,8 @@ def exact(low: float, high: float) -> Axis:
     """
     if low == high:
         low, high = min(low, 0.0), max(high, 1.0)
-    inside = _whole_ticks(low, high)
-    marks = tuple(tick for tick in inside if high - tick >= (high - low) / 7)  # clear of the last one's label
-    return Axis(low, high, (*marks, high), (*labels(inside)[: len(marks)], short(high)))
+    before = _whole_ticks(low, high - (high - low) / 7)  # clear of the last one's label
+    return Axis(low, high, (*before, high), (*labels(before), short(high)))
 
 
 def _whole_ticks(low: float, high: float) -> list[float]:

@@ -40,7 +40,7 @@ def test_a_curve_goes_through_its_values() -> None:
 
 def test_axes_have_ticks_with_labels_and_names() -> None:
     texts = [text.text for text in figure(curve([0, 400], [10.0, 0.0]), x_name="step").all("text")]
-    assert texts == ["0", "5", "10", "0", "200", "400", "step"]
+    assert texts == ["0", "5", "10", "0", "100", "200", "300", "400", "step"]
 
 
 def test_what_is_not_finite_is_a_gap_and_is_marked_on_the_axis() -> None:

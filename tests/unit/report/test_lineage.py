@@ -101,7 +101,7 @@ def test_of_many_tasks_the_mean_the_band_around_all_and_the_lowest_are_drawn() -
     (together,) = [block.charts[0] for block in blocks(page(*stages), "Results") if isinstance(block, Charts)]
     assert len(each.series) == 13 and {series.notes for series in each.series} == {()}
     known, lowest = together.series
-    assert (known.name, known.leading) == ("mean of the tasks known, and band from the lowest to the highest", True)
+    assert (known.name, known.leading) == ("mean and range of the tasks known", True)
     assert sorted(zip(known.x, known.y, strict=True)) == [(t - 1, (t + k) / 100) for t in range(1, 14) for k in range(1, t + 1)]
     assert (lowest.name, list(lowest.x), list(lowest.y)) == (
         "lowest task, at last t1",
