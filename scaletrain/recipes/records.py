@@ -162,7 +162,7 @@ def _ending(file: Path, problems: list[str]) -> Ending | None:
 def _tree(file: Path, problems: list[str]) -> Mapping[str, Any]:
     try:
         return load_tree(file) if file.is_file() else {}
-    except ConfigError as error:
+    except (ConfigError, ValueError, RecursionError) as error:
         problems.append(f"The settings cannot be read. {error}")
         return {}
 
@@ -209,7 +209,7 @@ def _entries(file: Path, problems: list[str]) -> Sequence[Mapping[str, Any]]:
         warnings.simplefilter("ignore")
         try:
             return Ledger(file).entries()
-        except CheckpointError as error:
+        except (CheckpointError, RecursionError) as error:
             problems.append(f"The ledger was altered, and what this page says of it is not to be trusted. {error}")
     return [entry for entry in read_jsonl(file) if isinstance(entry, dict) and isinstance(entry.get("event"), str)]
 
@@ -228,7 +228,7 @@ def _publication(entries: Sequence[Mapping[str, Any]]) -> tuple[str | None, set[
 
 def _pointed(file: Path) -> str | None:
     """The version that the pointer names."""
-    with suppress(OSError, ValueError, KeyError, TypeError):
+    with suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
         return str(json.loads(file.read_text(encoding="utf-8"))["version"])
     return None
 

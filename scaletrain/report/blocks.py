@@ -166,7 +166,7 @@ def _gate_row(row: GateRow, kinds: Sequence[str | None]) -> Markup:
     found = join(word(row.outcome), " ", row.reason.removeprefix(f"{row.outcome.text}, "))
     values = (examples, lost, gained, *shares, short(row.p_held, 2), short(row.p_broken, 2), uses, found)
     cells = (element("td", value, class_=kind) for value, kind in zip(values, kinds[1:], strict=True))
-    return element("tr", element("th", _fit(row.task), scope="row"), *cells)
+    return element("tr", element("th", cut(row.task), scope="row"), *cells)
 
 
 def _fit(text: str) -> Markup:

@@ -37,8 +37,8 @@ def element(tag: str, *children: str, **attributes: str | float | bool | None) -
 
 
 def cut(text: str) -> Markup:
-    """A name that may be cut short where there is no room for it (class ``cut``); the pointer shows the whole."""
-    return element("span", text, class_="cut", title=text)
+    """A name that is cut short where there is no room for it (class ``cut``); the pointer shows the whole."""
+    return element("span", text, class_="cut", title=text if len(text) > 12 else None)
 
 
 def _attribute(name: str, value: str | float | bool) -> str:

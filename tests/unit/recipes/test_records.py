@@ -67,6 +67,12 @@ def test_a_final_test_of_another_shape_is_none(tmp_path: Path, text: str) -> Non
     assert said.startswith("Careful: The final test cannot be read from report.json (")
 
 
+@pytest.mark.parametrize("text", ["a: [", "steps: 1" + 5000 * "0", 5000 * "["], ids=["torn", "huge", "deep"])
+def test_settings_that_cannot_be_read_are_told(tmp_path: Path, text: str) -> None:
+    (said,) = careful(run_page(tmp_path, **{"config.yaml": text}))
+    assert said.startswith("Careful: The settings cannot be read. ")
+
+
 def test_facts_of_an_event_may_be_anything_and_a_line_that_nothing_can_read_is_passed_over(tmp_path: Path) -> None:
     lines = [
         f'{{"kind": "event", "step": 2, "name": "odd", "facts": {{"n": {HUGE}}}}}',
@@ -97,6 +103,15 @@ def test_a_task_that_was_compared_with_nothing_is_new_and_not_held(tmp_path: Pat
         ("a", report.finding("held")),
         ("b", report.finding("held", compared=False)),
     ]
+
+
+def test_a_ledger_with_a_line_that_nothing_can_read_is_shown_without_it(tmp_path: Path) -> None:
+    judged(tmp_path)
+    with (tmp_path / store.LEDGER).open("a") as file:
+        file.write(200_000 * "[" + "\n")
+    lineage = records.read_lineage(tmp_path, 0.0)
+    assert [version.name for version in lineage.versions] == ["0002-b"]
+    assert lineage.problems[0].startswith("The ledger was altered")
 
 
 @pytest.mark.parametrize("uses", [7, "ab", ["a"], None])
