@@ -54,7 +54,7 @@ def read_run(folder: Path, now: float) -> RunRecord:
         name=folder.resolve().name,
         recorded=recorded,
         settings=_text(folder / "config.yaml"),
-        total_steps=total if isinstance(total, int) else None,
+        total_steps=_whole(total),
         ending=_ending(folder / "exit.json", problems),
         idle_s=idle_s,
         tested=_tested(folder / "report.json", problems),
@@ -121,6 +121,11 @@ def _number(value: object) -> float:
     return float(value)
 
 
+def _whole(value: object) -> int | None:
+    """A count or a code; None for what is not a whole number, or too large to be one of anything."""
+    return value if isinstance(value, int) and not isinstance(value, bool) and abs(value) < 1e15 else None
+
+
 def _tested(file: Path, problems: list[str]) -> FinalTest | None:
     """What a fine-tuning run measured at its end; None where it has not come to it, or is of another kind."""
     if not file.is_file():
@@ -129,15 +134,15 @@ def _tested(file: Path, problems: list[str]) -> FinalTest | None:
         found = json.loads(file.read_text(encoding="utf-8"))
         return FinalTest(
             split=str(found["split"]),
-            examples=int(found["examples"]),
-            figures={name: float(found[name]) for name in (*SCORES, "majority_baseline") if name in found},
+            examples=_whole(found["examples"]),
+            figures={name: _number(found[name]) for name in (*SCORES, "majority_baseline") if name in found},
             labels=tuple(
-                (str(row["label"]), float(row["precision"]), float(row["recall"]), float(row["f1"]), int(row["support"]))
+                (str(row["label"]), _number(row["precision"]), _number(row["recall"]), _number(row["f1"]), _whole(row["support"]))
                 for row in found.get("labels", [])
             ),
-            mistakes=tuple((str(row["true"]), str(row["predicted"]), int(row["count"])) for row in found.get("mistakes", [])),
+            mistakes=tuple((str(row["true"]), str(row["predicted"]), _whole(row["count"])) for row in found.get("mistakes", [])),
         )
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         problems.append(f"The final test cannot be read from {file.name} ({error!r}).")
         return None
 
@@ -145,12 +150,11 @@ def _tested(file: Path, problems: list[str]) -> FinalTest | None:
 def _ending(file: Path, problems: list[str]) -> Ending | None:
     if not file.is_file():
         return None
-    with suppress(OSError, ValueError, KeyError, TypeError):
+    with suppress(OSError, ValueError, RecursionError):
         record = json.loads(file.read_text(encoding="utf-8"))
-        step = record.get("step")
-        return Ending(
-            code=int(record["code"]), step=step if isinstance(step, int) else None, reason=str(record.get("reason", ""))
-        )
+        code = _whole(record.get("code")) if isinstance(record, dict) else None
+        if code is not None:
+            return Ending(code=code, step=_whole(record.get("step")), reason=str(record.get("reason", "")))
     problems.append(f"How it ended cannot be read from {file.name}.")
     return None
 
@@ -158,7 +162,7 @@ def _ending(file: Path, problems: list[str]) -> Ending | None:
 def _tree(file: Path, problems: list[str]) -> Mapping[str, Any]:
     try:
         return load_tree(file) if file.is_file() else {}
-    except ConfigError as error:
+    except (ConfigError, ValueError, RecursionError) as error:
         problems.append(f"The settings cannot be read. {error}")
         return {}
 
@@ -205,7 +209,7 @@ def _entries(file: Path, problems: list[str]) -> Sequence[Mapping[str, Any]]:
         warnings.simplefilter("ignore")
         try:
             return Ledger(file).entries()
-        except CheckpointError as error:
+        except (CheckpointError, RecursionError) as error:
             problems.append(f"The ledger was altered, and what this page says of it is not to be trusted. {error}")
     return [entry for entry in read_jsonl(file) if isinstance(entry, dict) and isinstance(entry.get("event"), str)]
 
@@ -224,7 +228,7 @@ def _publication(entries: Sequence[Mapping[str, Any]]) -> tuple[str | None, set[
 
 def _pointed(file: Path) -> str | None:
     """The version that the pointer names."""
-    with suppress(OSError, ValueError, KeyError, TypeError):
+    with suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
         return str(json.loads(file.read_text(encoding="utf-8"))["version"])
     return None
 
@@ -240,7 +244,7 @@ def _version(name: str, entries: Sequence[Mapping[str, Any]], recorded: Recorded
         if entry["event"] == "judged":
             try:
                 judgement = _judgement(name, entry)
-            except (KeyError, TypeError, AttributeError) as error:
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
                 problems.append(f"What the gate said of {name} cannot be read from the ledger ({error!r}).")
     tasks, row = (facts[key] if isinstance(facts.get(key), list) else [] for key in ("tasks", "row"))
     return Version(
@@ -256,7 +260,9 @@ def _version(name: str, entries: Sequence[Mapping[str, Any]], recorded: Recorded
 
 
 def _judgement(name: str, entry: Mapping[str, Any]) -> Judgement:
-    """What the gate said, as `continual.gate.Verdict.to_json` has written it. Raises KeyError, TypeError or AttributeError."""
+    """What the gate said, as `continual.gate.Verdict.to_json` has written it. Raises ValueError, KeyError, TypeError or
+    AttributeError.
+    """
     verdict, against = entry["verdict"], entry.get("against")
     uses = dict(entry.get("uses", {}))
     rows = [_gate_row(task, _optional(uses.get(task["task"]))) for task in verdict["tasks"]]
@@ -275,7 +281,7 @@ def _gate_row(task: Mapping[str, Any], uses: float | None) -> GateRow:
         floor=_optional(task["floor"]),
         p_held=_optional(task["adjusted_held"]),
         p_broken=_optional(task["adjusted_broken"]),
-        outcome=report.finding(str(task["status"])),
+        outcome=report.finding(str(task["status"]), compared=task["drop"] is not None),
         reason=str(task["reason"]),
         uses=uses,
     )

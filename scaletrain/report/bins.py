@@ -28,10 +28,11 @@ class Bin:
 def binned(x: Sequence[float], y: Sequence[float], bins: int) -> list[Bin]:
     """``y`` over ``x`` (ascending) in at most ``bins`` bins of equal width; those without a point are left out.
 
-    With no more points than bins every point is a bin of its own, so that nothing is averaged that can be shown.
+    With no more places than bins every place is a bin of its own, so that nothing is averaged that can be shown.
     """
-    if len(x) <= bins:
-        return [_bin(x, y, at, at + 1) for at in range(len(x))]
+    places = sorted(set(x))
+    if len(places) <= bins:
+        return list(between(x, y, places[1:]))
     edges = [x[0] + (x[-1] - x[0]) * k / bins for k in range(1, bins)]
     return list(between(x, y, edges))
 

@@ -22,7 +22,7 @@ from scaletrain.report.content import (
     Word,
 )
 from scaletrain.report.gate import COLUMNS
-from scaletrain.report.markup import Markup, element, join
+from scaletrain.report.markup import Markup, cut, element, join
 from scaletrain.report.scale import fixed, short
 
 SIGNS: dict[Tone, str] = {
@@ -67,8 +67,8 @@ def word(state: Word) -> Markup:
 
 def _facts(facts: Sequence[Fact]) -> Markup:
     def entry(fact: Fact) -> Markup:
-        note = element("dd", fact.note, class_="note") if fact.note else Markup()
-        return element("div", element("dt", fact.name), element("dd", fact.value), note)
+        note = element("dd", cut(fact.note), class_="note") if fact.note else Markup()
+        return element("div", element("dt", fact.name), element("dd", cut(fact.value)), note)
 
     return element("dl", *map(entry, facts), class_="facts")
 
@@ -163,10 +163,10 @@ def _gate_rows(judged: Judgement) -> Markup:
 def _gate_row(row: GateRow, kinds: Sequence[str | None]) -> Markup:
     examples, lost, gained, uses = (short(count) for count in (row.examples, row.lost, row.gained, row.uses))
     shares = (fixed(share) for share in (row.drop, row.limit, row.accuracy, row.floor))
-    found = join(word(row.outcome), " ", row.reason)
+    found = join(word(row.outcome), " ", row.reason.removeprefix(f"{row.outcome.text}, "))
     values = (examples, lost, gained, *shares, short(row.p_held, 2), short(row.p_broken, 2), uses, found)
     cells = (element("td", value, class_=kind) for value, kind in zip(values, kinds[1:], strict=True))
-    return element("tr", element("th", _fit(row.task), scope="row"), *cells)
+    return element("tr", element("th", cut(row.task), scope="row"), *cells)
 
 
 def _fit(text: str) -> Markup:

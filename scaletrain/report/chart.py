@@ -7,13 +7,14 @@ lies under them on hover (``<title>``: no script). A table with the same numbers
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby, pairwise
 
 from scaletrain.report.bins import Bin, binned, within
-from scaletrain.report.content import Chart
-from scaletrain.report.markup import Markup, element
+from scaletrain.report.content import Chart, Series
+from scaletrain.report.markup import Markup, cut, element
 from scaletrain.report.scale import Axis, exact, fitted, short
 
 BINS = 480
@@ -80,12 +81,12 @@ def _x_axis(chart: Chart) -> Axis:
         return Axis(-0.5, len(ticks) - 0.5, ticks, chart.places)
     ends = [end for series in chart.series if series.x for end in (series.x[0], series.x[-1])]
     ends += [mark.x for mark in chart.marks]
-    return exact(min(ends), max(ends), 5)
+    return exact(min(ends), max(ends))
 
 
 def _y_axis(chart: Chart, bins: Sequence[Bin]) -> Axis:
     low, high = min(each.low for each in bins), max(each.high for each in bins)
-    return fitted(low, high, 5, may_be_logarithmic=chart.may_be_logarithmic)
+    return fitted(low, high, 5, may_be_logarithmic=chart.may_be_logarithmic, shares=chart.shares)
 
 
 # ----------------------------------------------------------------------------------------------------------------------- picture
@@ -130,13 +131,9 @@ def _grid(plot: _Plot) -> Iterator[Markup]:
 def _curve(plot: _Plot, number: int, bins: Sequence[Bin]) -> Markup:
     """Band and line of one series, broken where a bin has no finite value."""
     band, line = "", ""
-    for drawable, group in groupby(bins, key=lambda each: each.finite > 0):
-        run = list(group)
-        if not drawable:
-            continue
+    for run in _segments(bins):
         x = [f"{WIDTH * plot.across(each.middle):.1f}" for each in run]
         line += "M" + "L".join(f"{at} {plot.down(each.mean):.1f}" for at, each in zip(x, run, strict=True))
-        line += "h0" if len(run) == 1 else ""  # with round ends a dot: a value between two gaps is to be seen
         if any(each.low < each.high for each in run):
             there = [f"{at} {plot.down(each.high):.1f}" for at, each in zip(x, run, strict=True)]
             back = [f"{at} {plot.down(each.low):.1f}" for at, each in zip(x, run, strict=True)]
@@ -145,12 +142,18 @@ def _curve(plot: _Plot, number: int, bins: Sequence[Bin]) -> Markup:
     return element("g", shade, element("path", d=line, class_="line"), class_=_style(plot.chart, number))
 
 
+def _segments(bins: Sequence[Bin]) -> list[list[Bin]]:
+    """What is drawn in one stroke: bins in a row that have a finite value."""
+    return [list(group) for drawable, group in groupby(bins, key=lambda each: each.finite > 0) if drawable]
+
+
 def _dots(plot: _Plot, bins: Sequence[Sequence[Bin]]) -> Iterator[Markup]:
+    """Of measurements, and of any value with none beside it, of which a line shows nothing."""
     for number, (series, curve) in enumerate(zip(plot.chart.series, bins, strict=True)):
-        for each in curve if series.dotted and len(curve) <= 2 * STRIPS else ():
-            if each.finite:
-                x, y = _percent(plot.across(each.middle)), round(plot.down(each.mean), 1)
-                yield element("circle", cx=x, cy=y, r=3, class_=f"dot {_style(plot.chart, number)}")
+        all_of_them = series.dotted and len(curve) <= 2 * STRIPS
+        for each in (each for run in _segments(curve) if all_of_them or len(run) == 1 for each in run):
+            x, y = _percent(plot.across(each.middle)), round(plot.down(each.mean), 1)
+            yield element("circle", cx=x, cy=y, r=3, class_=f"dot {_style(plot.chart, number)}")
 
 
 def _gaps(plot: _Plot, bins: Sequence[Sequence[Bin]]) -> Iterator[Markup]:
@@ -175,11 +178,11 @@ def _strips(plot: _Plot) -> Iterator[Markup]:
     count = len(chart.places) or (2 * STRIPS if chart.wide else STRIPS)
     for k, (first, last) in enumerate(_stretches(plot.x.low, plot.x.high, count)):
         marks = [mark.meaning for mark in chart.marks if first <= mark.x <= last]
-        parts = [(series.name, within(series.x, series.y, first, last)) for series in chart.series]
-        found = [(name, part) for name, part in parts if part]
+        parts = [(series, within(series.x, series.y, first, last)) for series in chart.series]
+        found = [(series, part) for series, part in parts if part]
         if found or marks:
             where = [f"{chart.x_name} {_where(chart, [part for _, part in found])}"] if found else []
-            said = "\n".join([*where, *(f"{name}: {_summary(part)}" for name, part in found), *marks])
+            said = "\n".join([*where, *(f"{series.name}: {_summary(series, part)}" for series, part in found), *marks])
             place = {"x": _percent(k / count), "width": _percent(1 / count)}
             yield element("rect", element("title", said), **place, height=HEIGHT, class_="strip")
 
@@ -199,12 +202,13 @@ def _where(chart: Chart, parts: Sequence[Bin]) -> str:
     return f"{first:,.0f}" if first == last else f"{first:,.0f} to {last:,.0f}"
 
 
-def _summary(part: Bin) -> str:
-    """``2.31``, or with its spread ``2.31 (2.1 to 2.5)``; says how many values were not finite."""
+def _summary(series: Series, part: Bin) -> str:
+    """``2.31``, or with its spread ``2.31 (2.1 to 2.5)``; says how many were not finite, and what is noted on a single one."""
     spread = f" ({short(part.low)} to {short(part.high)})" if part.low < part.high else ""
     lost = part.points - part.finite
     missing = f", {lost} of {part.points} not finite" if lost and part.points > 1 else ""
-    return f"{short(part.mean)}{spread}{missing}"
+    note = f", {series.notes[bisect_left(series.x, part.first)]}" if series.notes and part.points == 1 else ""
+    return f"{short(part.mean)}{spread}{missing}{note}"
 
 
 # ----------------------------------------------------------------------------------------------------------- key, table, in words
@@ -217,7 +221,7 @@ def _key(chart: Chart) -> Markup:
         line = element("line", x1=1, x2=21, y1=6, y2=6, class_="line")
         dot = element("circle", cx=11, cy=6, r=3, class_="dot") if series.dotted else Markup()
         swatch = element("svg", element("g", line, dot, class_=_style(chart, number)), width=22, height=12, aria_hidden="true")
-        items.append(element("li", swatch, " ", element("span", series.name), tabindex=0))
+        items.append(element("li", swatch, " ", cut(series.name), tabindex=0))
     return element("ul", *items, class_="key")
 
 
@@ -231,9 +235,11 @@ def _table(chart: Chart) -> Markup:
         parts = [within(series.x, series.y, first, last) for series in chart.series]
         found = [part for part in parts if part]
         if found:
-            cells = [element("td", _summary(part) if part else "") for part in parts]
+            cells = [
+                element("td", _summary(series, part) if part else "") for series, part in zip(chart.series, parts, strict=True)
+            ]
             rows.append(element("tr", element("th", _where(chart, found), scope="row"), *cells))
-    head = element("tr", element("th", chart.x_name), *(element("th", series.name, scope="col") for series in chart.series))
+    head = element("tr", element("th", chart.x_name), *(element("th", cut(series.name), scope="col") for series in chart.series))
     table = element("table", element("thead", head), element("tbody", *rows), class_="figures")
     return element("details", element("summary", "as a table"), element("div", table, class_="scroll"), class_="numbers")
 
@@ -244,7 +250,8 @@ def _spoken(chart: Chart) -> str:
     for series in chart.series:
         whole = within(series.x, series.y, -math.inf, math.inf)
         if whole and whole.finite:
-            first, last = short(series.y[0]), short(series.y[-1])
+            ends = (within(series.x, series.y, end, end) for end in (series.x[0], series.x[-1]))
+            first, last = (short(end.mean) if end else "" for end in ends)
             said.append(f"{series.name}: from {first} to {last}, lowest {short(whole.low)}, highest {short(whole.high)}.")
     return " ".join(said)
 

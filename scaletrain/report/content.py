@@ -46,8 +46,9 @@ class Facts:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Series:
-    """One curve: ``y`` over ascending ``x``; nan leaves a gap. ``dotted``: every value is a measurement of its own. ``leading``:
-    the one that sums up the others.
+    """One curve: ``y`` over ascending ``x``; nan leaves a gap, and of several values at one ``x`` the mean is drawn, with a band
+    around all. ``dotted``: every value is a measurement of its own. ``leading``: the one that sums up the others. ``notes``: a
+    word on each value, for those who ask for it; or none.
     """
 
     name: str
@@ -55,6 +56,7 @@ class Series:
     y: Sequence[float]
     dotted: bool = False
     leading: bool = False
+    notes: Sequence[str] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,6 +80,8 @@ class Chart:
     """Names of x = 0, 1, ... where x counts things that have names; else x is a step."""
     x_name: str = "step"
     may_be_logarithmic: bool = False
+    shares: bool = False
+    """Whether its values are from 0 to 1, so that no axis has to go further."""
     wide: bool = False
 
 
@@ -148,7 +152,7 @@ class Judgement:
     verdict: Word
     reason: str
     against: str
-    """The model it was compared with; empty where there is no gate."""
+    """The model it was compared with; empty where it was compared with none."""
     rows: tuple[GateRow, ...]
 
 

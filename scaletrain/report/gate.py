@@ -9,8 +9,9 @@ from scaletrain.report.content import GateRow, Judgement, Tone, Word
 RULES = (
     "Both models answer the same examples of every live task. The drop is (lost - gained) / n. Two one-sided score tests for "
     "paired proportions (Tango 1998), corrected over the tasks by Holm's procedure: a task is held where its drop is shown to be "
-    "below the limit, broken where it is shown to be above it or where the accuracy is below the floor, and open otherwise. All "
-    "held: accept. Any broken: refuse. Else undecidable: there is no proof of harm, and none of its absence."
+    "below the limit, broken where it is shown to be above it or where the accuracy is below the floor, and open otherwise. A "
+    "task that the published model does not know is new: it has nothing to lose, and is broken only below its floor. Any broken: "
+    "refuse. Else any open: undecidable, there is no proof of harm, and none of its absence. Else accept."
 )
 
 COLUMNS = (
@@ -32,31 +33,46 @@ COLUMNS = (
 _TONES: Mapping[str, Tone] = {"accept": "good", "held": "good", "refuse": "bad", "broken": "bad"}
 
 
-def finding(text: str) -> Word:
-    """A decision of the gate, or its finding on one task."""
+def finding(text: str, *, compared: bool = True) -> Word:
+    """A decision of the gate, or its finding on one task. What was not ``compared`` has not been shown to be held: it is new."""
+    if text == "held" and not compared:
+        return Word(text="new")
     return Word(text=text, tone=_TONES.get(text, "open"))
 
 
 def judgement(candidate: str, decision: str, rows: Sequence[GateRow], against: str | None) -> Judgement:
-    """The gate's decision on a candidate, which was compared with the version ``against`` (None: with nothing)."""
+    """The gate's decision on a candidate, when ``against`` was published (None: nothing was)."""
+    compared = any(row.drop is not None for row in rows)
     return Judgement(
         candidate=candidate,
         verdict=finding(decision),
-        reason=_why(decision, rows),
-        against=(against or "nothing, it is the first") if rows else "",
+        reason=_why(decision, rows, against),
+        against=against or "" if compared else "",
         rows=tuple(rows),
     )
 
 
-def _why(decision: str, rows: Sequence[GateRow]) -> str:
+def _why(decision: str, rows: Sequence[GateRow], against: str | None) -> str:
     """The decision in a sentence that names the tasks it rests on."""
     names = {status: ", ".join(row.task for row in rows if row.outcome.text == status) for status in ("broken", "open")}
     match decision:
         case "accept" if not rows:
             return "Nothing was compared: this lineage has no gate."
         case "accept":
-            return "Every live task is shown to have lost less than its limit, and none is below its floor."
+            return f"{_losses(rows, against)} {_floors(rows)}"
         case "refuse":
             return f"Broken: {names['broken']}."
         case _:
             return f"Nothing is shown to be broken, but there are too few examples to tell about: {names['open']}."
+
+
+def _losses(rows: Sequence[GateRow], against: str | None) -> str:
+    """What an accepted candidate has shown of the tasks that the published model knows."""
+    if any(row.drop is not None for row in rows):
+        return "Every task that the published model knows is shown to have lost less than its limit."
+    return f"Nothing was compared: {f'{against} knows none of these tasks' if against else 'nothing was published before'}."
+
+
+def _floors(rows: Sequence[GateRow]) -> str:
+    """What an accepted candidate has shown of its floors."""
+    return "No task is below its floor." if any(row.floor is not None for row in rows) else "No task has a floor."

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from statistics import fmean
 
 from scaletrain import errors
+from scaletrain.report.chart import COLOURS
 from scaletrain.report.content import (
     Block,
     Chart,
@@ -34,6 +35,8 @@ from scaletrain.report.scale import fixed, short
 
 _CONCLUSIVE = {0, errors.RefusedError.exit_code, errors.UndecidedError.exit_code}
 """Exit codes of commands that brought an attempt to its end."""
+MOST_CURVES = 2 * COLOURS
+"""Tasks that can be told apart in one chart: each colour drawn through, and dashed."""
 _TONES: dict[str, Tone] = {"published": "good", "refused": "bad", "abandoned": "bad", "rolled back": "bad"}
 
 
@@ -167,7 +170,21 @@ def _results(lineage: LineageRecord) -> Iterator[Block]:
 
 
 def _over_time(versions: Sequence[Version], tasks: Sequence[str]) -> Chart:
-    """Accuracy of each task after each stage, and the mean over those that the stage knew."""
+    """Accuracy after each stage: of each task, or of many tasks what can be told apart of them."""
+    many = len(tasks) > MOST_CURVES
+    return Chart(
+        title="Accuracy of all tasks over time" if many else "Accuracy of each task over time",
+        unit="share of the test examples; each task's own is in the table above" if many else "share of its test examples",
+        series=_of_many(versions) if many else _of_each(versions, tasks),
+        places=tuple(version.name for version in versions),
+        x_name="after stage",
+        shares=True,
+        wide=True,
+    )
+
+
+def _of_each(versions: Sequence[Version], tasks: Sequence[str]) -> tuple[Series, ...]:
+    """A curve per task, and the mean over those that the stage knew."""
     curves = []
     for task in tasks:
         points = [(at, version.accuracies[task]) for at, version in enumerate(versions) if task in version.accuracies]
@@ -175,14 +192,23 @@ def _over_time(versions: Sequence[Version], tasks: Sequence[str]) -> Chart:
     if len(tasks) > 1:
         means = [fmean(version.accuracies.values()) for version in versions]
         curves.append(Series(name="mean of the tasks known", x=range(len(versions)), y=means, dotted=True, leading=True))
-    return Chart(
-        title="Accuracy of each task over time",
-        unit="share of its test examples",
-        series=tuple(curves),
-        places=tuple(version.name for version in versions),
-        x_name="after stage",
-        wide=True,
+    return tuple(curves)
+
+
+def _of_many(versions: Sequence[Version]) -> tuple[Series, ...]:
+    """The accuracies of the tasks that a stage knew as one curve with its band, and the lowest of them with its name."""
+    points = [(at, value) for at, version in enumerate(versions) for value in version.accuracies.values()]
+    worst = [min(version.accuracies, key=version.accuracies.__getitem__) for version in versions]
+    lowest = [version.accuracies[task] for version, task in zip(versions, worst, strict=True)]
+    known = Series(
+        name="mean and range of the tasks known",
+        x=[at for at, _ in points],
+        y=[value for _, value in points],
+        dotted=True,
+        leading=True,
     )
+    name = f"lowest task, at last {worst[-1]}"
+    return known, Series(name=name, x=range(len(versions)), y=lowest, dotted=True, notes=worst)
 
 
 # --------------------------------------------------------------------------------------------------------------- gate, versions

@@ -36,6 +36,11 @@ def element(tag: str, *children: str, **attributes: str | float | bool | None) -
     return Markup(f"<{tag}{given}>" if tag in _VOID else f"<{tag}{given}>{join(*children)}</{tag}>")
 
 
+def cut(text: str) -> Markup:
+    """A name that is cut short where there is no room for it (class ``cut``); the pointer shows the whole."""
+    return element("span", text, class_="cut", title=text if len(text) > 12 else None)
+
+
 def _attribute(name: str, value: str | float | bool) -> str:
     name = name.rstrip("_").replace("_", "-")
     return f" {name}" if value is True else f' {name}="{escape(str(value))}"'

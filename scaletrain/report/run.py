@@ -57,11 +57,11 @@ class FinalTest:
     """What was measured at the end, on examples that were kept for it."""
 
     split: str
-    examples: int
+    examples: int | None
     figures: Mapping[str, float]
-    labels: tuple[tuple[str, float, float, float, int], ...] = ()
+    labels: tuple[tuple[str, float, float, float, int | None], ...] = ()
     """Label, precision, recall, F1, examples."""
-    mistakes: tuple[tuple[str, str, int], ...] = ()
+    mistakes: tuple[tuple[str, str, int | None], ...] = ()
     """The label that was right, the one that was answered, how often."""
 
 
@@ -206,12 +206,13 @@ def evaluations(recorded: Recorded) -> list[Chart]:
     charts = []
     if len(shares) > 1:
         series = tuple(_scores(spaced(name), points) for name, points in shares.items())
-        charts.append(Chart(title="Scores", unit="share, evaluated", series=series))
+        charts.append(Chart(title="Scores", unit="share, evaluated", series=series, shares=True))
     for name, points in recorded.scores.items():
         if name != "loss" and (name not in shares or len(shares) == 1):
             series = (_scores(spaced(name), points),)
-            unit = "share, evaluated" if name in shares else "evaluated"
-            charts.append(Chart(title=spaced(name).capitalize(), unit=unit, series=series, may_be_logarithmic=True))
+            share = name in shares
+            unit = "share, evaluated" if share else "evaluated"
+            charts.append(Chart(title=spaced(name).capitalize(), unit=unit, series=series, may_be_logarithmic=True, shares=share))
     return charts
 
 
@@ -221,7 +222,7 @@ def _pace(recorded: Recorded) -> list[Chart]:
     shares = [("padding_share", "padding"), ("filler_share", "empty slots")]
     wasted = tuple(_series(recorded, column, name) for column, name in shares if recorded.known(column))
     if wasted:
-        charts.append(Chart(title="Wasted computation", unit="share of token positions, of slots", series=wasted))
+        charts.append(Chart(title="Wasted computation", unit="share of token positions, of slots", series=wasted, shares=True))
     charts += _single(recorded, "data_wait_s", "Waiting for data", "seconds per step")
     if recorded.known("mfu"):
         charts += _single(recorded, "mfu", "Model FLOP utilisation", "share of the assumed peak")
@@ -266,15 +267,15 @@ def events_table(events: Sequence[Event]) -> Block:
 
 
 def _final_test(tested: FinalTest) -> Iterator[Block]:
-    yield Passage(text=f"On the {tested.examples:,} examples of the {tested.split} split, with the weights that were kept.")
+    yield Passage(text=f"On the {short(tested.examples)} examples of the {tested.split} split, with the weights that were kept.")
     yield Facts(facts=tuple(Fact(name=spaced(name), value=short(value)) for name, value in tested.figures.items()))
     if tested.labels:
-        rows = tuple((label, fixed(p), fixed(r), fixed(f), f"{n:,}") for label, p, r, f, n in tested.labels)
+        rows = tuple((label, fixed(p), fixed(r), fixed(f), short(n)) for label, p, r, f, n in tested.labels)
         header = ("label", "precision", "recall", "F1", "examples")
         table = Table(caption="labels", header=header, rows=rows, figures=frozenset(header[1:]))
         yield Fold(title=f"{len(rows)} labels", blocks=(table,), opened=len(rows) <= 20)
     if tested.mistakes:
-        wrong = tuple((true, answered, f"{count:,}") for true, answered, count in tested.mistakes)
+        wrong = tuple((true, answered, short(count)) for true, answered, count in tested.mistakes)
         table = Table(
             caption="mistakes", header=("right would be", "answered", "times"), rows=wrong, figures=frozenset({"times"})
         )
@@ -296,6 +297,4 @@ def _listed(facts: Mapping[str, object]) -> str:
 
 
 def _plain(value: object) -> str:
-    if isinstance(value, bool) or value is None or isinstance(value, str):
-        return str(value)
-    return short(float(value)) if isinstance(value, int | float) else str(value)
+    return short(value) if isinstance(value, int | float) and not isinstance(value, bool) else str(value)

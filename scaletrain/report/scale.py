@@ -11,6 +11,8 @@ LOG_FROM = 50.0
 """Highest over lowest value from which an axis that may be logarithmic is."""
 TINY = 1e-290
 """Differences up to here are none: what is smaller is a denormal number, or becomes one when it is divided."""
+LARGEST = 1e300
+"""From here on a whole number is written as its order only: it may be more than a float can hold."""
 
 _SUFFIXES = ((1e9, 1e9, "G"), (1e6, 1e6, "M"), (1e4, 1e3, "k"))  # from which tick on, what it is divided by, how that is called
 
@@ -32,23 +34,43 @@ class Axis:
         return (value - self.low) / (self.high - self.low)
 
 
-def exact(low: float, high: float, count: int) -> Axis:
-    """An axis that ends where the values end, with about ``count`` ticks inside; for steps."""
-    if _same(low, high):
-        low, high = low - 1, high + 1
-    marks = tuple(tick for tick in round_ticks(low, high, count) if low <= tick <= high)
-    return Axis(low, high, marks, labels(marks))
+def exact(low: float, high: float) -> Axis:
+    """An axis that ends where the values end, with ticks at round steps and at the last one; for steps. One step alone is seen
+    from step 0.
+    """
+    if low == high:
+        low, high = min(low, 0.0), max(high, 1.0)
+    before = _whole_ticks(low, high - (high - low) / 7)  # clear of the last one's label
+    return Axis(low, high, (*before, high), (*labels(before), short(high)))
 
 
-def fitted(low: float, high: float, count: int, *, may_be_logarithmic: bool = False) -> Axis:
-    """An axis that begins and ends on a tick, around the values; for what is measured."""
+def _whole_ticks(low: float, high: float) -> list[float]:
+    """Whole multiples of 1, 2 or 5 times a power of ten from ``low`` to ``high``: at least three where there are so many, and at
+    most eight.
+    """
+    power = 10.0 ** math.floor(math.log10(high - low))
+    steps = [step for factor in (5, 2, 1, 0.5, 0.2, 0.1) if (step := factor * power) > 1] + [1.0]
+    for step in steps:
+        ticks = [k * step for k in range(math.ceil(low / step), math.floor(high / step) + 1)]
+        if len(ticks) >= 3:
+            break
+    return ticks
+
+
+def fitted(low: float, high: float, count: int, *, may_be_logarithmic: bool = False, shares: bool = False) -> Axis:
+    """An axis that begins and ends on a tick, around the values; for what is measured. ``shares``: of values from 0 to 1."""
     if may_be_logarithmic and low > 1e-100 and high / low > LOG_FROM:
         return _logarithmic(low, high)
     if _same(low, high):
-        room = abs(low) / 10 if abs(low) > TINY else 1.0
-        low, high = low - room, high + room
+        low, high = _room_around(low, high, least=0.0 if low >= 0 else -math.inf, most=1.0 if shares and high <= 1 else math.inf)
     marks = tuple(round_ticks(low, high, count))
     return Axis(marks[0], marks[-1], marks, labels(marks))
+
+
+def _room_around(low: float, high: float, *, least: float, most: float) -> tuple[float, float]:
+    """A range around what is all but one value, where no value is under ``least`` or over ``most``."""
+    room = abs(low) / 10 if abs(low) > TINY else 1.0
+    return max(low - room, least), min(high + room, most)
 
 
 def _same(low: float, high: float) -> bool:
@@ -86,6 +108,8 @@ def labels(ticks: Sequence[float]) -> tuple[str, ...]:
 
 def short(value: float | None, digits: int = 4) -> str:
     """A number for people, to so many significant digits: ``2.314``, ``12,346``, ``1.5e-5``; a dash where there is none."""
+    if isinstance(value, int) and abs(value) > LARGEST:
+        return f"over {short(LARGEST, 1)}" if value > 0 else f"under {short(-LARGEST, 1)}"
     if value is None or not math.isfinite(value):
         return "\N{EN DASH}" if value is None else "not finite"
     if value == 0:

@@ -258,10 +258,10 @@ def _finite(value: object) -> object:
 
 
 def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
-    """The objects of a ``metrics.jsonl`` in order; a line that a kill has torn is passed over."""
+    """The objects of a ``metrics.jsonl`` in order; a line that a kill has torn, or that nothing can read, is passed over."""
     with path.open(encoding="utf-8", errors="replace") as lines:
         for line in lines:
-            with suppress(json.JSONDecodeError):
+            with suppress(ValueError, RecursionError):
                 yield json.loads(line)
 
 

@@ -32,6 +32,10 @@ def test_few_points_are_shown_as_they_are() -> None:
     assert binned([1, 2, 9], [5.0, math.inf, 7.0], 3)[::2] == [Bin(1, 1, 1, 1, 5.0, 5.0, 5.0), Bin(9, 9, 1, 1, 7.0, 7.0, 7.0)]
 
 
+def test_values_at_one_place_share_a_bin() -> None:
+    assert binned([1, 1, 1, 9], [5.0, 7.0, 9.0, 1.0], 2) == [Bin(1, 1, 3, 3, 5.0, 9.0, 7.0), Bin(9, 9, 1, 1, 1.0, 1.0, 1.0)]
+
+
 def test_bins_have_equal_widths_and_empty_ones_are_left_out() -> None:
     found = binned([0, 1, 2, 90, 100], [1.0, 2.0, 6.0, 4.0, 8.0], 4)
     assert found == [Bin(0, 2, 3, 3, 1.0, 6.0, 3.0), Bin(90, 100, 2, 2, 4.0, 8.0, 6.0)]

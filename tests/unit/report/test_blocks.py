@@ -82,7 +82,8 @@ def test_the_gate_says_of_every_task_what_it_counted_and_found() -> None:
         floor=0.7,
         p_held=None,
         p_broken=None,
-        outcome=Word(text="held", tone="good"),
+        outcome=Word(text="new"),
+        reason="new, not below its floor",
     )
     judged = Judgement(
         candidate="0003-network",
@@ -92,6 +93,7 @@ def test_the_gate_says_of_every_task_what_it_counted_and_found() -> None:
         rows=(row, new),
     )
     article = parse(block(judged)).one("article")
+    assert [found.text for found in article.all("span", "cut")] == ["text", "network"]
     dash, broken = "\N{EN DASH}", "\N{MULTIPLICATION X} broken the drop is shown to be above the limit"
     assert article.get("class") == "bad"
     assert article.one("h3").text == "0003-network \N{MULTIPLICATION X} refuse"
@@ -99,7 +101,7 @@ def test_the_gate_says_of_every_task_what_it_counted_and_found() -> None:
     assert cells(article) == [
         [name for name, _ in COLUMNS],
         ["text", "1,300", "31", "2", "0.097", "0.020", "0.845", dash, "1", "1.4e\N{MINUS SIGN}6", "3", broken],
-        ["network", "300", dash, dash, dash, dash, "0.900", "0.700", dash, dash, dash, "\N{CHECK MARK} held "],
+        ["network", "300", dash, dash, dash, dash, "0.900", "0.700", dash, dash, dash, "\N{BULLET} new not below its floor"],
     ]
 
 
@@ -133,6 +135,11 @@ def test_a_fold_opens_on_a_click_or_is_open() -> None:
 def test_figures_of_the_overview() -> None:
     node = parse(block(Facts(facts=(Fact(name="steps", value="400", note="of 800"), Fact(name="ranks", value="2")))))
     assert [entry.text for entry in node.all("dt") + node.all("dd")] == ["steps", "ranks", "400", "of 800", "2"]
+
+
+def test_a_figure_that_is_a_long_name_may_be_cut_and_has_the_whole_as_its_title() -> None:
+    node = parse(block(Facts(facts=(Fact(name="published", value="0001-" + 64 * "n", note="since"),))))
+    assert [found.get("title") for found in node.all("span", "cut")] == ["0001-" + 64 * "n", ""]
 
 
 def test_settings_keep_their_lines() -> None:

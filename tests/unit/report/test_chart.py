@@ -63,8 +63,46 @@ def test_a_lost_value_among_others_is_marked_and_counted() -> None:
 
 
 def test_a_value_between_two_gaps_is_seen() -> None:
-    (line,) = paths(figure(curve([0, 1, 2, 3, 4], [1.0, NAN, 2.0, NAN, 1.0])), "line")
-    assert line.count("h0") == 3
+    node = figure(curve([0, 1, 2, 3, 4, 5], [1.0, NAN, 2.0, NAN, 1.0, 1.0]))
+    assert [(dot.get("cx"), dot.get("cy"), dot.get("class")) for dot in node.all("circle")] == [
+        ("0.00%", f"{HEIGHT}.0", "dot c0 d0"),
+        ("40.00%", "0.0", "dot c0 d0"),
+    ]
+
+
+def test_a_single_step_is_a_dot_at_the_end_of_the_step_axis() -> None:
+    node = figure(curve([1], [2.0]))
+    assert [(dot.get("cx"), dot.get("cy")) for dot in node.all("circle")] == [("100.00%", f"{HEIGHT / 2}")]
+    assert [text.text for text in node.all("text")][-3:] == ["0", "1", "step"]
+
+
+@pytest.mark.parametrize(("value", "ends"), [(0.0, ("0", "1.0")), (1.0, ("0.90", "1.00")), (0.5, ("0.45", "0.55"))])
+def test_the_axis_of_shares_stays_between_0_and_1(value: float, ends: tuple[str, str]) -> None:
+    texts = [text.text for text in figure(curve([1], [value]), shares=True).all("text")]
+    assert (texts[0], texts[-4]) == ends
+
+
+def test_of_several_values_at_one_place_the_mean_is_drawn_with_a_band_around_all() -> None:
+    node = figure(curve([0, 0, 0, 1, 1], [0.0, 0.4, 0.8, 0.2, 1.0], dotted=True), places=("0001-a", "0002-b"))
+    (line,), (band,) = paths(node, "line"), paths(node, "band")
+    assert re.findall(r" ([\d.]+)", line) == ["120.0", "80.0"]
+    assert re.findall(r" ([\d.]+)", band) == ["40.0", "0.0", "160.0", "200.0"]
+    assert len(node.all("circle", "dot")) == 2
+    assert titles(node) == ["step 0001-a\ntraining: 0.4 (0 to 0.8)", "step 0002-b\ntraining: 0.6 (0.2 to 1)"]
+    (picture,) = [svg for svg in node.all("svg") if svg.get("role") == "img"]
+    assert picture.get("aria-label").endswith("training: from 0.4 to 0.6, lowest 0, highest 1.")
+
+
+def test_a_value_is_told_with_its_note() -> None:
+    node = figure(Series(name="lowest", x=[0, 1], y=[0.5, 0.25], notes=("text", "numbers")))
+    assert [title for title in titles(node)] == ["step 0\nlowest: 0.5, text", "step 1\nlowest: 0.25, numbers"]
+    assert [row[1] for row in cells(node.one("table"))[1:]] == ["0.5, text", "0.25, numbers"]
+
+
+def test_the_whole_of_a_name_that_is_cut_is_shown_by_the_pointer() -> None:
+    name = "n" * 64
+    node = figure(curve([0, 1], [0.5, 0.25], name), curve([0, 1], [0.5, 0.25], "b"))
+    assert [found.get("title") for found in node.all("span", "cut")] == [name, ""] * 2
 
 
 def test_of_many_points_the_mean_is_drawn_and_a_band_to_the_extremes() -> None:

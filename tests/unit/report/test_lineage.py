@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from scaletrain.report import (
@@ -53,7 +55,7 @@ def blocks(shown: Page, title: str) -> tuple[Block, ...]:
     return found
 
 
-def row(task: str, status: str) -> GateRow:
+def row(task: str, status: str, floor: float | None = None) -> GateRow:
     return GateRow(
         task=task,
         examples=300,
@@ -62,11 +64,17 @@ def row(task: str, status: str) -> GateRow:
         drop=0.00667,
         limit=0.02,
         accuracy=0.9,
-        floor=None,
+        floor=floor,
         p_held=0.01,
         p_broken=0.99,
         outcome=finding(status),
     )
+
+
+def new(task: str, floor: float | None = None) -> GateRow:
+    """The row of a task that the published model does not know."""
+    untested = {"lost": None, "gained": None, "drop": None, "limit": None, "p_held": None, "p_broken": None}
+    return replace(row(task, "held", floor), outcome=finding("held", compared=False), **untested)  # type: ignore[arg-type]
 
 
 def test_the_heat_map_has_a_row_per_stage_that_was_evaluated_and_a_column_per_task() -> None:
@@ -86,6 +94,24 @@ def test_the_accuracy_of_each_task_and_their_mean_over_time() -> None:
     ]
 
 
+def test_of_many_tasks_the_mean_the_band_around_all_and_the_lowest_are_drawn() -> None:
+    """Twelve can still be told apart by colour and dashes."""
+    stages = [version(f"{t:04d}-t{t}", "published", {f"t{k}": (t + k) / 100 for k in range(t, 0, -1)}) for t in range(1, 14)]
+    (each,) = [block.charts[0] for block in blocks(page(*stages[:12]), "Results") if isinstance(block, Charts)]
+    (together,) = [block.charts[0] for block in blocks(page(*stages), "Results") if isinstance(block, Charts)]
+    assert len(each.series) == 13 and {series.notes for series in each.series} == {()}
+    known, lowest = together.series
+    assert (known.name, known.leading) == ("mean and range of the tasks known", True)
+    assert sorted(zip(known.x, known.y, strict=True)) == [(t - 1, (t + k) / 100) for t in range(1, 14) for k in range(1, t + 1)]
+    assert (lowest.name, list(lowest.x), list(lowest.y)) == (
+        "lowest task, at last t1",
+        list(range(13)),
+        [(t + 1) / 100 for t in range(1, 14)],
+    )
+    assert list(lowest.notes) == ["t1"] * 13
+    assert each.shares and together.shares
+
+
 def test_every_summary_figure_has_its_formula_and_the_stages_it_is_of() -> None:
     metric = Metric(name="forgetting", value=0.1, formula="1/(T-1) ...")
     shown = page(FIRST, summaries=(Summary(stages="the stages up to 0001-a", metrics=(metric,)),))
@@ -102,6 +128,9 @@ def test_the_newest_verdict_stands_open_and_those_before_it_are_folded() -> None
     assert [fold.title for fold in folds if isinstance(fold, Fold)] == ["0002-b", "0001-a", "How the gate decides"]
 
 
+SHOWN = "Every task that the published model knows is shown to have lost less than its limit."
+
+
 @pytest.mark.parametrize(
     ("decision", "rows", "tone", "reason"),
     [
@@ -109,8 +138,10 @@ def test_the_newest_verdict_stands_open_and_those_before_it_are_folded() -> None
             "accept",
             [row("a", "held")],
             "good",
-            "Every live task is shown to have lost less than its limit, and none is below its floor.",
+            f"{SHOWN} No task has a floor.",
         ),
+        ("accept", [row("a", "held"), new("b", floor=0.5)], "good", f"{SHOWN} No task is below its floor."),
+        ("accept", [new("b")], "good", "Nothing was compared: 0001-a knows none of these tasks. No task has a floor."),
         ("accept", [], "good", "Nothing was compared: this lineage has no gate."),
         ("refuse", [row("a", "broken"), row("b", "held"), row("c", "broken")], "bad", "Broken: a, c."),
         (
@@ -127,11 +158,21 @@ def test_a_verdict_names_the_tasks_it_rests_on(decision: str, rows: list[GateRow
 
 
 def test_a_verdict_says_what_the_candidate_was_compared_with() -> None:
-    held = [row("a", "held")]
-    found = [
-        judgement("0002-b", "accept", rows, against).against for rows, against in ((held, "0001-a"), (held, None), ([], "0001-a"))
-    ]
-    assert found == ["0001-a", "nothing, it is the first", ""]
+    cases = (([row("a", "held"), new("b")], "0001-a"), ([new("b")], "0001-a"), ([], "0001-a"))
+    assert [judgement("0002-b", "accept", rows, against).against for rows, against in cases] == ["0001-a", "", ""]
+
+
+def test_where_nothing_is_published_nothing_is_said_to_be_shown() -> None:
+    found = judgement("0002-b", "accept", [new("b", floor=0.5)], None)
+    assert (found.reason, found.against) == (
+        "Nothing was compared: nothing was published before. No task is below its floor.",
+        "",
+    )
+
+
+def test_a_task_that_was_not_compared_is_new_and_not_held() -> None:
+    assert finding("held", compared=False) == Word(text="new", tone="plain")
+    assert finding("broken", compared=False) == Word(text="broken", tone="bad")
 
 
 def test_versions_say_what_became_of_them() -> None:

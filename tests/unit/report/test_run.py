@@ -178,6 +178,17 @@ def test_equal_events_in_a_row_are_one_line() -> None:
     )
 
 
+def test_facts_of_an_event_may_be_anything() -> None:
+    table = events_table([Event(step=1, name="odd", facts={"a": 10**400, "b": math.inf, "c": True, "d": None, "e": [10**20]})])
+    assert isinstance(table, Table)
+    assert table.rows == (("1", "odd", "a over 1e300, b not finite, c True, d None, e [100000000000000000000]"),)
+
+
+def test_shares_have_axes_that_know_it() -> None:
+    charts = [*evaluations(recorded(scores={"accuracy": [(1.0, 0.0)], "perplexity": [(1.0, 8.0)]}))]
+    assert {chart.title: chart.shares for chart in charts} == {"Accuracy": True, "Perplexity": False}
+
+
 def test_the_final_test_of_a_classifier_has_a_row_per_label() -> None:
     tested = FinalTest(
         split="test",

@@ -41,9 +41,30 @@ def test_any_two_values_have_an_axis_around_them(one: float, other: float, logar
 @given(st.integers(0, 10**12), st.integers(0, 10**12))
 def test_steps_end_where_the_run_ends(one: int, other: int) -> None:
     low, high = sorted((one, other))
-    axis = exact(low, high, 5)
-    assert axis.share(low) == (0.5 if low == high else 0) and axis.share(high) == (0.5 if low == high else 1)
+    axis = exact(low, high)
+    assert (axis.low, axis.high) == ((low, high) if low < high else (0, max(high, 1)))
     assert all(axis.low <= tick <= axis.high for tick in axis.ticks)
+    assert axis.ticks[-1] == axis.high and 2 <= len(axis.ticks) <= 9 and len(set(axis.labels)) == len(axis.ticks)
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "shown"),
+    [
+        (1, 82, "20 40 60 82"),
+        (1, 240, "50 100 150 200 240"),
+        (0, 400, "0 100 200 300 400"),
+        (0, 114, "0 20 40 60 80 114"),
+        (1, 523_417, "100k 200k 300k 400k 523,417"),
+        (1, 2, "1 2"),
+        (1, 3, "1 2 3"),
+        (1, 1, "0 1"),
+        (0, 0, "0 1"),
+        (7, 7, "0 2 4 6 7"),
+        (1_000, 1_002, "1,000 1,001 1,002"),
+    ],
+)
+def test_steps_have_round_ticks_and_the_last_step(low: int, high: int, shown: str) -> None:
+    assert " ".join(exact(low, high).labels) == shown
 
 
 def test_a_wide_range_of_positive_values_may_be_logarithmic() -> None:
@@ -92,6 +113,14 @@ def test_labels(ticks: tuple[float, ...], shown: tuple[str, ...]) -> None:
 )
 def test_short_numbers(value: float | None, shown: str) -> None:
     assert short(value) == shown
+
+
+def test_whole_numbers_that_no_float_holds() -> None:
+    assert [short(10**400), short(-(10**400))] == ["over 1e300", "under \N{MINUS SIGN}1e300"]
+
+
+def test_the_axis_around_one_value_does_not_go_below_0_where_the_value_does_not() -> None:
+    assert [(axis.low, axis.high) for axis in (fitted(value, value, 5) for value in (0.0, -1.0))] == [(0.0, 1.0), (-1.1, -0.9)]
 
 
 def test_numbers_to_fewer_digits() -> None:
