@@ -96,11 +96,13 @@ class TaskVerdict:
     @property
     def line(self) -> str:
         """One line for people."""
-        compared = ""
-        if self.drop is not None:
-            compared = f" ({self.lost} lost, {self.gained} gained), drop {self.drop:.4f} [limit {self.limit:g}]"
-            compared += f", p held {self.adjusted_held:.3g}, p broken {self.adjusted_broken:.3g}"
-        return f"task {self.task}: {self.pairs:,} pairs{compared}, accuracy {self.accuracy:.4f}: {self.status}, {self.reason}"
+        said = f"{self.status}, {self.reason}"
+        if self.drop is None:  # nothing was compared, so that nothing was shown to hold either
+            said = self.reason if self.status == "held" else said
+            return f"task {self.task}: {self.pairs:,} examples, accuracy {self.accuracy:.4f}: {said}"
+        compared = f" ({self.lost} lost, {self.gained} gained), drop {self.drop:.4f} [limit {self.limit:g}]"
+        compared += f", p held {self.adjusted_held:.3g}, p broken {self.adjusted_broken:.3g}"
+        return f"task {self.task}: {self.pairs:,} pairs{compared}, accuracy {self.accuracy:.4f}: {said}"
 
 
 @dataclass(frozen=True, slots=True)

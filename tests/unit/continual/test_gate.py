@@ -317,7 +317,7 @@ def test_the_verdict_in_words() -> None:
         "gate: undecidable",
         "task csv: 300 pairs (4 lost, 0 gained), drop 0.0133 [limit 0.02], p held 0.205, p broken 0.795, accuracy 0.9000: "
         "open, needs about 1,194 examples",
-        "task json: 10 pairs, accuracy 0.9000: held, new, has no floor to keep",
+        "task json: 10 examples, accuracy 0.9000: new, has no floor to keep",
     )
 
 
