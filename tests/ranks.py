@@ -11,9 +11,11 @@ back as its traceback in RankFailed. Ranks that outlive ``timeout_s`` are killed
 from __future__ import annotations
 
 import atexit
+import contextlib
 import importlib
 import json
 import os
+import secrets
 import select
 import signal
 import socket
@@ -199,9 +201,12 @@ def _exactly(connection: socket.socket, size: int) -> bytes:
 
 
 def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """Below the ports that the kernel gives to connections (ip_local_port_range), so that none takes it before the ranks do."""
+    while True:
+        port = 20000 + secrets.randbelow(12000)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 if __name__ == "__main__":

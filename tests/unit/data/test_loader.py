@@ -259,7 +259,7 @@ def test_a_process_can_end_while_a_read_hangs() -> None:
 
 
 def test_a_chunk_that_fits_no_slot_is_refused_before_the_first_step() -> None:
-    with pytest.raises(ConfigError, match=r"data\.slots\.micro_batch_tokens: got 20"):
+    with pytest.raises(ConfigError, match=r"^slots\.micro_batch_tokens: got 20"):
         Loader(dealt(dealing=Dealing(20, 1, 1, "padded")), DATA, collate, 0, 1)
 
 
