@@ -140,7 +140,7 @@ def _command_line(number: int) -> str:
     """Empty for a process that has ended."""
     try:
         return Path(f"/proc/{number}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
-    except FileNotFoundError:
+    except (FileNotFoundError, ProcessLookupError):  # before it was opened, or after
         return ""
 
 
