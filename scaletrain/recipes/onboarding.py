@@ -65,9 +65,14 @@ class Onboarding:
         """``adopted``: the model that the lineage starts from has learned the task already, and is taken as it is."""
         self._config, self._store, self._attempt, self._adopted = config, store, attempt, adopted
         self._session, self._stop = session, stop
-        self._learned: list[str] = dist.from_first(
-            "reading the version to build on", lambda: store.evaluation(attempt.base)["tasks"] if attempt.base else []
-        )
+
+        def learned() -> list[str]:
+            if attempt.base is None:
+                return []
+            store.verify(attempt.base)  # it need not be the one that is published, which is always verified
+            return list(store.evaluation(attempt.base)["tasks"])
+
+        self._learned: list[str] = dist.from_first("reading the version to build on", learned)
         self._data = {task: thaw(store.task_folder(task)) for task in [*self._learned, attempt.task]}
         self._folder = store.work_folder(attempt.version)
         self._memory: Sequence[Remembered] = load_memory(store.version_folder(attempt.base)) if attempt.base else ()

@@ -12,7 +12,7 @@ from scaletrain import dist
 from scaletrain.config import dump, load_tree, to_tree
 from scaletrain.continual import metrics
 from scaletrain.continual.gate import require_decisive, require_known
-from scaletrain.continual.lifecycle import Attempt, Lifecycle, accuracies, in_order, under_way
+from scaletrain.continual.lifecycle import ABANDONED, Attempt, Lifecycle, accuracies, in_order, under_way
 from scaletrain.continual.store import ROLLED_BACK, Store
 from scaletrain.data import labelled
 from scaletrain.data.freeze import freeze, frozen_digest, thaw
@@ -104,7 +104,7 @@ class Stream:
         """
         event = self._lifecycle.concluded(name)
         if event is None or (retry and event != "published"):
-            base = self._base()
+            base = self._base(name)
             learned = self._learned(base)
             self._require_new(name, learned, base)
             data = self._data(name, task)
@@ -166,13 +166,16 @@ class Stream:
             if going is None or left.parent.name != going.version:
                 shutil.rmtree(left)
 
-    def _base(self) -> str | None:
-        """The version that the next task builds on."""
+    def _base(self, name: str | None = None) -> str | None:
+        """The version that the next task, perhaps ``name`` once more, builds on."""
         if (going := self._lifecycle.under_way()) is not None:
             return going.base
         entries = self._lifecycle.entries()
         if self._config.on_refusal == "continue":
-            newest = [entry["version"] for entry in entries if entry["event"] in ("evaluated", ROLLED_BACK)]
+            given_up = {entry["version"] for entry in entries if entry["event"] == ABANDONED}
+            own = {entry["version"] for entry in entries if entry["event"] == "begun" and entry["task"] == name}
+            seen = [entry["version"] for entry in entries if entry["event"] in ("evaluated", ROLLED_BACK)]
+            newest = [version for version in seen if version not in given_up | own]
             if newest:
                 return str(newest[-1])
         found: str | None = dist.from_first("reading what is published", self._store.published)
