@@ -188,6 +188,32 @@ def test_history_says_what_happened_in_its_order(lineage: Path) -> None:
 # --------------------------------------------------------------------------------------------------------------------- going back
 
 
+def test_a_refused_task_is_tried_again_on_what_it_was_tried_on_before(root: Path, tmp_path: Path) -> None:
+    """With ``on_refusal: continue`` the newest candidate is otherwise built on, and that one has learned the task."""
+    lineage = tmp_path / "lineage"
+    config = stream(root, lineage, gate={"max_drop": 0.05}, on_refusal="continue")
+    assert answer(run("continual", config)[1])["gate"] == {"fruit": "published", "tools": "refused"}
+    code, said = run("continual", config, "--retry", "gate.max_drop=0.99")
+    assert (code, said and answer(said)["published"]) == (0, "0003-tools")
+    assert [entry["base"] for entry in Store(lineage).entries() if entry["event"] == "begun"] == [
+        None,
+        "0001-fruit",
+        "0001-fruit",
+    ]
+
+
+def test_a_candidate_that_was_altered_is_not_built_on(root: Path, tmp_path: Path) -> None:
+    """It was refused, so that nobody looks at it but the next task."""
+    lineage = tmp_path / "lineage"
+    settings = {"gate": {"max_drop": 0.05}, "on_refusal": "continue"}
+    assert run("continual", stream(root, lineage, **settings))[0] == 0
+    assert Store(lineage).published() == "0001-fruit"
+    flip(lineage / "versions/0002-tools/model/model.safetensors")
+    code, message = run("continual", stream(root, lineage, "fruit", "tools", "birds", **settings))
+    assert (code, "0002-tools/model/model.safetensors: got 'another" in message) == (65, True), message
+    assert Store(lineage).published() == "0001-fruit"
+
+
 def test_after_a_rollback_the_next_task_builds_on_what_is_published_again(root: Path, lineage: Path, tmp_path: Path) -> None:
     code, said = run("rollback", lineage)
     assert (code, answer(said)) == (0, {"published": "0001-fruit"})

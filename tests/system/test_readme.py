@@ -54,9 +54,15 @@ def as_here(words: list[str]) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def outputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, subprocess.CompletedProcess[str]]:
+def newcomer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder that all commands are typed in."""
+    return tmp_path_factory.mktemp("newcomer")
+
+
+@pytest.fixture(scope="module")
+def outputs(newcomer: Path) -> dict[str, subprocess.CompletedProcess[str]]:
     """Runs them all; the corpus that quickstart prepared is where the next commands look for theirs."""
-    folder = tmp_path_factory.mktemp("newcomer")
+    folder = newcomer
     (folder / "configs").symlink_to(ROOT / "configs")
     (folder / "prepared").mkdir()
     (folder / "prepared" / "stdlib").symlink_to(folder / "quickstart" / "corpus")
@@ -94,6 +100,18 @@ def test_quickstart_ends_with_one_json_object_of_measured_figures(outputs: dict[
     for stream in ("naive", "protected"):
         assert result[stream].keys() == {"average_accuracy", "forgetting", "gate"}
         assert result[stream]["gate"] in ("published", "refused", "undecided")
+
+
+def test_what_quickstart_says_to_try_next_works(outputs: dict[str, subprocess.CompletedProcess[str]], newcomer: Path) -> None:
+    """As it stands there, in the folder that the quickstart was run in."""
+    said = outputs["tools/quickstart"].stdout
+    lines = said[said.rindex("Next:\n") :].splitlines()[1:4]
+    assert [re.sub(r".*scaletrain ", "", line).split()[0] for line in lines] == ["history", "predict", "onboard"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = [subprocess.run(["bash", "-c", line], cwd=newcomer, env=environment, capture_output=True, text=True) for line in lines]
+    assert [each.returncode for each in done[:2]] == [0, 0], done
+    assert done[2].returncode in (0, 77, 78), done[2].stderr  # so little training is not for the gate to like
+    assert json.loads(done[1].stdout.splitlines()[-1])["text"] == "Return the root of the tree."
 
 
 def test_quickstart_pretrains_as_the_configs_show() -> None:
