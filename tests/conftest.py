@@ -7,8 +7,11 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
+
+from tests.faults import table
 
 # Before anything imports torch or tokenizers, which read these once.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -25,6 +28,21 @@ def data_folder() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no data sets at {folder}: set SCALETRAIN_DATA to a folder that has them")
     return folder
+
+
+@pytest.fixture
+def fault(record_property: Any) -> table.Add:
+    """Adds a row to the table of faults: ``fault(fault="F2", injected=..., outcome=...)``, once it was asserted."""
+    return table.adder(record_property)
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """The table of faults, where any test added to it."""
+    found = table.rows(report for report in terminalreporter.getreports("passed") if report.when == "call")
+    if found:
+        terminalreporter.section("faults")
+        for line in table.lines(found):
+            terminalreporter.line(line)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
