@@ -11,6 +11,7 @@ import ast
 import importlib
 import inspect
 import json
+import os
 import sys
 import textwrap
 import traceback
@@ -123,6 +124,8 @@ _LAUNCH_SUMMARY = "run a verb on several ranks and answer with its exit code"
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb. Returns the exit code of `scaletrain.errors`; 130 after Ctrl-C."""
+    # What a run writes holds its data (memory.jsonl, predictions): others get at it where the user says so, with chmod.
+    os.umask(os.umask(0o077) | 0o077)
     # The deepspeed launcher adds --local_rank=N to every command; the rank is read from the environment instead.
     given = [argument for argument in (sys.argv[1:] if argv is None else argv) if not argument.startswith("--local_rank=")]
     try:

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from safetensors import SafetensorError
 
-from scaletrain import dist
+from scaletrain import dist, outside
 from scaletrain.checkpoint.manifest import Checkpoint, file_digest, read
 from scaletrain.errors import CheckpointError, ScaletrainError, StorageError
 
@@ -99,7 +99,10 @@ def set_aside(folder: Path) -> Path | None:
 def faults(folder: Path, entries: Sequence[Mapping[str, Any]]) -> str:
     """The first thing that is wrong with the files of these entries of a manifest; empty where all is well."""
     for entry in entries:
-        path = folder / entry["name"]
+        try:
+            path = outside.plain(folder, entry["name"])
+        except ValueError as error:
+            return str(error)
         if not path.is_file():
             return f"{entry['name']} is missing"
         if path.stat().st_size != entry["bytes"]:

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 from pydantic import Field
 from torch import Tensor
 
-from scaletrain import durable
+from scaletrain import durable, outside
 from scaletrain.engine import Shard
 
 FORMAT = "scaletrain-checkpoint"
@@ -65,17 +65,27 @@ def parts(shard: Shard) -> Iterator[tuple[str, Tensor]]:
 
 
 def read(folder: Path) -> dict[str, Any] | None:
-    """The manifest of one checkpoint; None where it is missing, damaged, or of another format."""
+    """The manifest of one checkpoint; None where it is missing, damaged, of another format, or behind a link."""
     try:
-        manifest = json.loads((folder / MANIFEST).read_bytes())
+        manifest = None if folder.is_symlink() else outside.read_json(outside.plain(folder, MANIFEST))
     except (OSError, ValueError):
         return None
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT or manifest.get("version") != VERSION:
         return None
     if manifest.pop("sha256", None) != _own_digest(manifest):
         return None
-    inside = all(Path(entry["name"]).name == entry["name"] for entry in manifest["files"])
-    return manifest if inside else None
+    return manifest if _lists_files(manifest.get("files")) else None
+
+
+def _lists_files(entries: Any) -> bool:
+    """Whether these are entries of files in the folder itself, each of them once."""
+    kinds = {"name": str, "bytes": int, "sha256": str}
+    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+        return False
+    if not all(isinstance(entry.get(key), kind) for entry in entries for key, kind in kinds.items()):
+        return False
+    names = [entry["name"] for entry in entries]
+    return len({*names}) == len(names) and all(outside.is_inside(name) and "/" not in name for name in names)
 
 
 def write(folder: Path, manifest: Mapping[str, Any]) -> None:

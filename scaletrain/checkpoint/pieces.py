@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from scaletrain import dist, durable
+from scaletrain import dist, durable, outside
 from scaletrain.checkpoint.manifest import file_digest
 from scaletrain.errors import CheckpointError
 
@@ -50,12 +50,16 @@ class Pieces:
     """The pieces in all files that a manifest lists, read by range."""
 
     def __init__(self, folder: Path, manifest: Mapping[str, Any]) -> None:
-        self._files = [safe_open(folder / entry["name"], framework="pt") for entry in manifest["files"]]
-        self._index: dict[str, list[tuple[int, int, int]]] = {}
-        for number, file in enumerate(self._files):
-            for name, (start, length) in json.loads(file.metadata()["pieces"]).items():
-                self._index.setdefault(name, []).append((start, length, number))
         self._folder = folder
+        self._index: dict[str, list[tuple[int, int, int]]] = {}
+        try:
+            self._files = [safe_open(outside.plain(folder, entry["name"]), framework="pt") for entry in manifest["files"]]
+            for number, file in enumerate(self._files):
+                for name, (start, length) in outside.parse_json(file.metadata()["pieces"]).items():
+                    self._index.setdefault(name, []).append((start, length, number))
+        except (SafetensorError, ValueError, TypeError, KeyError, AttributeError) as error:
+            rule = f"its files must be safetensors with a list of their pieces ({error})"
+            raise CheckpointError(str(folder), "another content", rule, "Use another checkpoint.") from error
 
     def __enter__(self) -> Pieces:
         return self

@@ -62,7 +62,7 @@ def _recorded(record: Path | None) -> int | None:
     """The ``code`` in ``exit.json``; None where there is no whole record."""
     try:
         said = json.loads(record.read_bytes()) if record else None
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     code = said.get("code") if isinstance(said, dict) else None
     return code if isinstance(code, int) and 0 <= code <= 255 else None

@@ -14,7 +14,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 
 ROWS = (
-    {"errors", "durable"},
+    {"errors", "durable", "outside"},
     {"config", "dist"},
     {"engine", "data", "model"},
     {"checkpoint"},
