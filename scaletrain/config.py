@@ -22,10 +22,13 @@ import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError, create_model
 from pydantic_core import ErrorDetails
 
-from scaletrain import durable
+from scaletrain import durable, outside
 from scaletrain.errors import ConfigError, StorageError
 
 T = TypeVar("T")
+
+
+_BYTES_MAX = 16 << 20
 
 
 class _Loader(yaml.SafeLoader):
@@ -69,6 +72,8 @@ def _parse(text: str, where: str) -> Any:
     """Decode one YAML document. Raises ConfigError with the line."""
     try:
         return _Loader(text).get_single_data()
+    except RecursionError:
+        raise ConfigError(where, text[:40], "is nested too deeply") from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark else ""
@@ -82,9 +87,9 @@ def _read(file: Path, ring: tuple[Path, ...] = ()) -> dict[str, Any]:
     if file.resolve() in ring:
         raise ConfigError("base", str(file), f"files may not name each other in a ring: {' -> '.join(map(str, ring))}")
     try:
-        text = file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "not UTF-8 text"
+        text = outside.read_bytes(file, _BYTES_MAX).decode("utf-8")
+    except (OSError, ValueError) as error:
+        reason = "not UTF-8 text" if isinstance(error, UnicodeDecodeError) else getattr(error, "strerror", None) or str(error)
         raise ConfigError("--config" if not ring else "base", str(file), f"must be a readable YAML file: {reason}") from None
     tree = _parse(text, str(file))
     tree = {} if tree is None else tree

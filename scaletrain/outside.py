@@ -27,7 +27,7 @@ def read_bytes(file: Path, bytes_max: int = JSON_BYTES_MAX) -> bytes:
             raise ValueError("it is not a plain file")
         if status.st_size > bytes_max:
             raise ValueError(f"it has {status.st_size} bytes, and at most {bytes_max} are read")
-        return stream.read(bytes_max)
+        return stream.read(status.st_size)
 
 
 def read_json(file: Path, bytes_max: int = JSON_BYTES_MAX) -> Any:

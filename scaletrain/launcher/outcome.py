@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import sys
 from pathlib import Path
 
+from scaletrain import outside
 from scaletrain.errors import PeerLostError, ScaletrainError, StorageError
 from scaletrain.launcher.group import Group
 
@@ -61,8 +61,8 @@ def show(group: Group) -> None:
 def _recorded(record: Path | None) -> int | None:
     """The ``code`` in ``exit.json``; None where there is no whole record."""
     try:
-        said = json.loads(record.read_bytes()) if record else None
-    except (OSError, ValueError, RecursionError):
+        said = outside.read_json(record) if record else None
+    except (OSError, ValueError):
         return None
     code = said.get("code") if isinstance(said, dict) else None
     return code if isinstance(code, int) and 0 <= code <= 255 else None
