@@ -112,6 +112,13 @@ VERBS: Mapping[str, Verb] = {
         module="scaletrain.recipes.export",
         summary="write a checkpoint as a folder that plain transformers loads",
     ),
+    "import-deepspeed": Verb(
+        module="scaletrain.recipes.import_deepspeed",
+        summary="weights of a DeepSpeed checkpoint, as a folder to start from; it is unpickled, so its bytes are code",
+        permissions={"trust": "unpickle the checkpoint: whoever wrote it can run programs as you"},
+        embedded=True,
+        places=("checkpoint",),
+    ),
     "quickstart": Verb(
         module="scaletrain.recipes.quickstart",
         summary="all of it in minutes, without a download: pretrain on two ranks, fine-tune, learn more tasks, publish",
@@ -132,7 +139,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             return _launch(given[1:]) if given[:1] == ["launch"] else _run(given)
         except _UsageError as error:
-            raise ConfigError("command line", " ".join(given), *error.args) from None
+            raise ConfigError(
+                "command line", config.redacted(" ".join(given)), config.redacted(error.args[0]), *error.args[1:]
+            ) from None
     except ScaletrainError as error:
         if "--debug" in given:
             traceback.print_exc()

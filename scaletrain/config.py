@@ -29,6 +29,8 @@ T = TypeVar("T")
 
 
 _BYTES_MAX = 16 << 20
+_SECRET_URL = re.compile(r"://[^/@\s]*:[^/\s]*@")
+"""The part of a URL that has a user and a password, as in ``scheme://user:password@host`` (RFC 3986, section 3.2.1)."""
 
 
 class _Loader(yaml.SafeLoader):
@@ -79,7 +81,7 @@ def _parse(text: str, where: str) -> Any:
         line = f", line {mark.line + 1}" if mark else ""
         problem = getattr(error, "problem", None) or str(error)
         shown = text.splitlines()[mark.line].strip() if mark and mark.line < len(text.splitlines()) else ""
-        raise ConfigError(f"{where}{line}", shown, f"is not valid YAML: {problem}") from None
+        raise ConfigError(f"{where}{line}", redacted(shown), f"is not valid YAML: {problem}") from None
 
 
 def _read(file: Path, ring: tuple[Path, ...] = ()) -> dict[str, Any]:
@@ -117,7 +119,7 @@ def _override(tree: dict[str, Any], override: str) -> None:
     path, equals, text = override.partition("=")
     keys = path.split(".")
     if not equals or not all(keys):
-        raise ConfigError("override", override, "must have the form key.path=value")
+        raise ConfigError("override", redacted(override), "must have the form key.path=value")
     value, node = _parse(text, f"override {path}"), cast(Any, tree)
     for depth, key in enumerate(keys):
         here = ".".join(keys[:depth]) or "the configuration"
@@ -143,7 +145,23 @@ def load_tree(file: Path | None, overrides: Sequence[str] = ()) -> dict[str, Any
     tree = _read(file) if file is not None else {}
     for override in overrides:
         _override(tree, override)
+    _refuse_secrets(tree, "")
     return tree
+
+
+def _refuse_secrets(node: Any, path: str) -> None:
+    """Raises ConfigError for a URL with a password in it, and does not repeat it: settings are kept beside what they made."""
+    if isinstance(node, str) and _SECRET_URL.search(node):
+        rule = "settings are written into the run's folder and shown in reports, so that a URL may hold no password"
+        raise ConfigError(path, redacted(node), rule, "Keep it where the protocol's client looks for it (~/.netrc, ~/.ssh)")
+    below = node.items() if isinstance(node, Mapping) else enumerate(node) if isinstance(node, list) else ()
+    for key, value in below:
+        _refuse_secrets(value, f"{path}.{key}" if path else str(key))
+
+
+def redacted(text: str) -> str:
+    """The text without the passwords of URLs in it."""
+    return _SECRET_URL.sub("://***@", text)
 
 
 def load(cls: type[T], file: Path | None, overrides: Sequence[str] = ()) -> T:

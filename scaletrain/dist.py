@@ -89,10 +89,10 @@ def start(device: torch.device, timeout_s: float = 1800.0) -> Place:
     return here
 
 
-def _store(here: Place, timeout: timedelta) -> td.Store | None:
+def _store(here: Place, timeout: timedelta) -> Any:
     """Where the ranks meet, listening at MASTER_ADDR alone; None leaves it to torch, whose store listens at every address.
 
-    That is where a launcher keeps the store itself (torchrun), and where MASTER_ADDR is a name, or of no interface of this machine
+    That is where a launcher keeps the store itself (torchrun), and where MASTER_ADDR is a name, or of no interface of this host
     (a service's address): a name may lead elsewhere on this machine than on the others.
     """
     name, number = os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", "")
@@ -111,8 +111,10 @@ def _store(here: Place, timeout: timedelta) -> td.Store | None:
         except OSError as error:
             if error.errno != errno.EADDRNOTAVAIL:
                 raise PeerLostError(f"rank 0 cannot listen at MASTER_ADDR {address}, MASTER_PORT {number}: {error}") from error
-            warnings.warn(f"MASTER_ADDR {address} is of no interface of rank 0, so that it listens at every address", stacklevel=3)
-    return td.TCPStore(address, int(number), here.world, here.rank == 0, timeout, multi_tenant=True, master_listen_fd=door)
+            warnings.warn(
+                f"MASTER_ADDR {address} is of no interface of rank 0, so that it listens at every address", stacklevel=3
+            )
+    return td.TCPStore(address, int(number), here.world, here.rank == 0, timeout, multi_tenant=True, master_listen_fd=door)  # type: ignore[attr-defined]
 
 
 def stop() -> None:

@@ -62,7 +62,12 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> Ran:
         "pretrain": tiny.settings(prepared, folder / "run", steps=4, data=data, checkpoint={"every_steps": 2}),
         "finetune": streams.finetuning(encoder, folder / "tuned", task),
         "export": {"run": str(folder / "run"), "output": str(folder / "exported")},
-        "evaluate": {"model": str(folder / "tuned" / "model"), "files": task["data"]["test"], "output": str(folder / "evaluated")},
+        "evaluate": {
+            "model": str(folder / "tuned" / "model"),
+            "files": task["data"]["test"],
+            "output": str(folder / "evaluated"),
+            "compute": {"device": "cpu", "max_tokens": 40, "engine": {"name": "local"}},
+        },
     }
     for verb, tree in trees.items():
         (made / f"{verb}.yaml").write_text(yaml.safe_dump(tree))
