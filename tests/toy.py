@@ -87,15 +87,15 @@ def make(name: str, precision: str = "fp32", *, frozen: bool = False, **settings
     return engine.create(config(name, precision=precision, **settings), toy, groups, OptimizerConfig(learning_rate=1e-2), CPU)
 
 
-def heads_by_slot(step: int) -> list[int]:
-    """Both heads in every step, in rounds that are alike for 1, 2 and 4 ranks, and one of them not in its first round."""
-    return [0] * SLOTS + [1] * SLOTS if step % 2 == 0 else [1] * SLOTS
+def heads_by_slot(step: int, slots: int = SLOTS) -> list[int]:
+    """Both heads in every other step, and one of them not in its first round; alike on all ranks where they divide ``slots``."""
+    return [0] * slots + [1] * slots if step % 2 == 0 else [1] * slots
 
 
-def steps(made: Engine, first: int, last: int, max_norm: float = 0.5) -> Iterator[tuple[float, float]]:
+def steps(made: Engine, first: int, last: int, max_norm: float = 0.5, slots: int = SLOTS) -> Iterator[tuple[float, float]]:
     """Takes steps [first, last): the loss and the gradient norm of each."""
     for step in range(first, last):
-        items = [slot(step, number, head) for number, head in enumerate(heads_by_slot(step))]
+        items = [slot(step, number, head) for number, head in enumerate(heads_by_slot(step, slots))]
         mine = items[dist.rank() :: dist.world()]
         totals = made.begin([item.signature for item in mine], {"count": sum(item.count for item in mine)})
         sums = torch.zeros(1, dtype=torch.float64)

@@ -3,6 +3,8 @@ modules."""
 
 from __future__ import annotations
 
+import gc
+import time
 from typing import Any
 
 import pytest
@@ -76,6 +78,90 @@ def test_frozen_weights_written_through_shards_are_computed_with(name: str, prec
     plain = ranks.run(write_frozen, 1, {"name": "local", "precision": precision})[0]
     assert abs(plain["shifted"] - plain["back"]) > 1
     assert found[0] == found[1] == pytest.approx(plain, rel=2e-2 if precision == "bf16" else 1e-5)
+
+
+def train_a_part(name: str, **settings: Any) -> dict[str, Any]:
+    """A frozen layer, a bias that belongs to no group, a group without parameters; and what lies in the shards of it."""
+    dist.start(toy.CPU)
+    model = toy.model()
+    model.hidden.requires_grad_(False)
+    model.calls.fill_(3)
+    groups = [{"params": [model.embedding.weight, model.second.weight, model.first.bias]}, {"params": [], "lr_factor": 2.0}]
+    made = create(toy.config(name, **settings), model, groups, OptimizerConfig(), toy.CPU)
+    losses = list(toy.steps(made, 0, 4))
+    facts = {
+        s.name: [list(s.shape), s.gradient is None, sorted(s.moments), s.weight.dtype == torch.float32] for s in made.shards()
+    }
+    lengths = {s.name: {s.weight.numel(), *(value.numel() for value in s.moments.values())} for s in made.shards()}
+    assert all(len(found) == 1 for found in lengths.values())
+    buffers = {key: value.tolist() for key, value in made.buffers().items()}
+    return {"losses": losses, "facts": facts, "weights": toy.pieces(made), "buffers": buffers}
+
+
+@pytest.mark.parametrize("name", toy.ZERO)
+def test_what_is_not_trained_stays_as_it_was_and_is_in_the_shards(name: str) -> None:
+    """On four ranks, so that of a bias of 50 elements the last one has a shorter piece."""
+    expected = ranks.run(train_a_part, 1, {"name": "local"})[0]
+    results = ranks.run(train_a_part, 4, {"name": name})
+    whole = toy.whole([result["weights"] for result in results])
+    assert toy.furthest(whole, toy.whole([expected["weights"]])) < 1e-5
+    before = dict(toy.model().named_parameters())
+    for key in ("hidden.weight", "hidden.bias", "second.bias"):
+        assert torch.equal(whole[key], before[key].detach().flatten())
+        assert expected["facts"][key][1:3] == [True, []]
+    for result in results:
+        assert torch.tensor(result["losses"]) == pytest.approx(torch.tensor(expected["losses"]), abs=1e-5)
+        assert (result["facts"], result["buffers"]) == (expected["facts"], {"calls": [3.0] * 3})
+
+
+WIDTH, PARAMETERS = 64, 64 * 64
+
+
+def held(cases: list[list[str]]) -> list[list[float]]:
+    """What a rank holds between two steps of a model of one matrix, and after the engine's end, as multiples of its size."""
+
+    def sizes() -> float:
+        return min(at_once() for _ in range(10))  # gloo's threads let go of the last bucket a little later
+
+    def at_once() -> float:
+        time.sleep(0.02)
+        gc.collect()
+        found = [value for value in gc.get_objects() if type(value) in (torch.Tensor, torch.nn.Parameter)]
+        return sum({s.data_ptr(): s.nbytes() for s in (value.untyped_storage() for value in found)}.values()) / 4 / PARAMETERS
+
+    dist.start(toy.CPU)
+    gc.freeze()  # what there was before is not looked at
+    results = []
+    for name, precision in cases:
+        wide = torch.nn.Linear(WIDTH, WIDTH, bias=False)
+        config = toy.config(name, precision=precision)
+        made = create(config, wide, [{"params": [wide.weight]}], OptimizerConfig(), toy.CPU)
+        item = toy.ToySlot("wide", 0, {"input": torch.ones(1, WIDTH, dtype=wide.weight.dtype)})
+        for _ in range(2):
+            made.begin(["wide"])
+            made.backward(made.forward(item).square().sum())
+            made.clip(1.0, torch.zeros(0, dtype=torch.float64))
+            made.step(0.1)
+        results.append([sizes()])
+        made.close()
+        del made, wide, item
+        results[-1].append(sizes())
+    return results
+
+
+def test_each_stage_holds_its_share_and_nothing_after_its_end() -> None:
+    """Between two steps on four ranks, in units of the fp32 model."""
+    expected = {
+        ("zero0", "fp32"): 1 + 1 + 2 + 1 / 4,  # weights, gradients, moments, this rank's piece of the summed gradient
+        ("zero1", "fp32"): 1 + 1 + (2 + 1) / 4,
+        ("zero2", "fp32"): 1 + (2 + 1) / 4,
+        ("zero0", "bf16"): 1 / 2 + 1 + 1 + 2 + 1 / 4,  # and fp32 masters
+        ("zero1", "bf16"): 1 / 2 + 1 + (1 + 2 + 1) / 4,
+        ("zero2", "bf16"): 1 / 2 + (1 + 2 + 1) / 4,
+    }
+    for results in ranks.run(held, 4, {"cases": list(expected)}):
+        assert [running for running, _ in results] == pytest.approx(list(expected.values()), abs=0.05)
+        assert [after for _, after in results] == pytest.approx([0] * len(results), abs=0.01)
 
 
 def rotary(name: str) -> str:
