@@ -82,6 +82,7 @@ class Student:
             rule = f"the encoder has {classifier.max_positions} positions"
             raise ConfigError("compute.max_tokens", config.max_tokens, rule, f"Set it to at most {classifier.max_positions}")
         self._config, self.scenario, self.tokenizer_folder = config, scenario, origin.tokenizer_folder
+        self.start_digest = origin.digest
         self._encoder = Encoder(origin.tokenizer_folder, config.max_tokens)
         self.classifier = classifier
         self.blocks: tuple[Block, ...] = classifier.head.blocks
