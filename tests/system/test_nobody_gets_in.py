@@ -138,7 +138,6 @@ def test_only_what_is_listed_starts_processes_and_none_by_a_shell(ran: Ran) -> N
     assert by == STARTS.keys()
     for event in started:
         assert any(f"/{part}" in file for part in STARTS for file in event["files"]), event  # type: ignore[attr-defined]
-        assert "'-c'" not in str(event["arguments"][1]) or "proof.py" in str(event["files"]), event  # type: ignore[index]
         assert not str(event["arguments"][0]).rpartition("/")[2].startswith(("sh'", "bash'")), event  # type: ignore[index]
 
 
@@ -148,7 +147,8 @@ def test_nothing_listens_beyond_this_machine(ran: Ran) -> None:
         assert seen.listening <= {"127.0.0.1"}, name
     assert ran.commands["pretrain"].listening == {"127.0.0.1"}
     bound = [event for event in ran.events if event["event"] == "socket.bind"]
-    assert all("launcher/local.py:free_port" in event["files"][0] for event in bound), bound  # type: ignore[index]
+    places = {str(event["arguments"][1]).partition(",")[0] for event in bound if "free_port" not in event["files"][0]}  # type: ignore[index]
+    assert places == {"('127.0.0.1'"}
 
 
 def test_nothing_connects_to_other_machines(ran: Ran) -> None:
