@@ -43,7 +43,8 @@ def save(folder: str, like: str, stage: int) -> None:
     from deepspeed.utils import safe_get_full_fp32_param
 
     dist.start(torch.device("cpu"))
-    torch.manual_seed(5)
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # would be compiled, for longer than the test may take
+    deepspeed.init_distributed(dist_init_required=False, auto_mpi_discovery=False)
     model = AutoModelForMaskedLM.from_pretrained(like)
     settings = {
         "train_micro_batch_size_per_gpu": 1,
@@ -106,8 +107,8 @@ def test_what_two_ranks_saved_is_imported_to_the_bit(checkpoint: Path, like: Pat
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
 
 
-@pytest.mark.parametrize(("stage", "world"), [(1, 1), (2, 2)])
-def test_so_is_what_the_other_stages_saved(like: Path, tmp_path: Path, stage: int, world: int) -> None:
+@pytest.mark.parametrize(("stage", "world"), [(2, 2)])
+def test_so_is_what_another_stage_saved(like: Path, tmp_path: Path, stage: int, world: int) -> None:
     folder = saved(tmp_path / "saved", like, stage, world)
     code, _, errors = imported(folder, like, tmp_path / "model", "tag=step-1")
     assert code == 0, errors
