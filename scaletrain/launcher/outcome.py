@@ -31,6 +31,8 @@ def forget(output: Path | None) -> Path | None:
 def outcome(group: Group, record: Path | None) -> int:
     """The exit code of the job: rank 0's record where there is one, else what the processes of ``group`` say."""
     said = _recorded(record)
+    if group.stall is not None and said is None:
+        return PeerLostError.exit_code  # and it was said who
     if group.requested is None and said != 0:
         show(group)
     if said is not None:

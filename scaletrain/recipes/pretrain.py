@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 import torch
 from pydantic import Field
 
-from scaletrain import checkpoint, dist, engine, model
+from scaletrain import checkpoint, dist, engine, heartbeat, model
 from scaletrain.checkpoint import Checkpoint, CheckpointConfig, Progress
 from scaletrain.config import dump
 from scaletrain.data.loader import Loader
@@ -88,7 +88,8 @@ def main(config: PretrainConfig, *, fresh: bool = False) -> None:
     with Session(config.output, config.device) as session, StopRequest() as stop:
         for name in ("checkpoints", "metrics.jsonl", "tensorboard") if fresh else ():
             checkpoint.set_aside(config.output / name)
-        last = checkpoint.newest(config.output / "checkpoints")
+        with heartbeat.section("load"):
+            last = checkpoint.newest(config.output / "checkpoints")
         session.step = last.progress.step if last else 0
         run = Run(config, session.device, last)
         if run.start == 0:
@@ -128,7 +129,8 @@ class Run:
             config.engine, network, model.parameter_groups(network, config.optimizer.weight_decay), config.optimizer, device
         )
         plan = self.corpora.plan
-        self.start = plan.step_at(Cursor(**checkpoint.restore(last, self.engine, self._identity).cursor)) if last else 0
+        with heartbeat.section("load"):
+            self.start = plan.step_at(Cursor(**checkpoint.restore(last, self.engine, self._identity).cursor)) if last else 0
         self.guard = Guard(config.guard, self.corpora.names, config.output)
         if last:
             self.guard.resume(last.progress.state.get("guard"), self.start)
@@ -187,7 +189,8 @@ class Run:
         self.writers.flush()  # what a checkpoint stands for must not be lost after it
         cursor = self.corpora.plan.cursor(step)._asdict()
         progress = Progress(step, cursor, self._identity, self._fixed, {"guard": self.guard.state()})
-        checkpoint.save(self._config.output / "checkpoints", self.engine, progress, self._config.checkpoint.keep)
+        with heartbeat.section("save"):
+            checkpoint.save(self._config.output / "checkpoints", self.engine, progress, self._config.checkpoint.keep)
         self.writers.event(step, "checkpoint")
 
 

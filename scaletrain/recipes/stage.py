@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from scaletrain import checkpoint, dist, model
+from scaletrain import checkpoint, dist, heartbeat, model
 from scaletrain.checkpoint import Checkpoint, CheckpointConfig, Progress
 from scaletrain.continual.method import Active
 from scaletrain.data.examples import Examples
@@ -120,7 +120,8 @@ class Stage:
             "model": model.identity(student.classifier),
             "data": self._plan.digest,
         }
-        self._last = checkpoint.newest(folder / "checkpoints")
+        with heartbeat.section("load"):
+            self._last = checkpoint.newest(folder / "checkpoints")
         if self._last is not None:
             self._check_continues(self._last)
 
@@ -194,7 +195,8 @@ class Stage:
         self._guard = Guard(self._config.guard, self._names, self._folder)
         if last is None:
             return 0, Selection(self._config.selection)
-        progress = checkpoint.restore(last, self._student.engine, self._identity)
+        with heartbeat.section("load"):
+            progress = checkpoint.restore(last, self._student.engine, self._identity)
         self._guard.resume(progress.state.get("guard"), progress.step)
         selection = Selection.resumed(self._config.selection, progress.state["selection"])
         return self._plan.step_at(Cursor(**progress.cursor)), selection
@@ -224,7 +226,8 @@ class Stage:
         )
         best = [selection.best_step] if selection.best_step is not None and self._config.selection.keep == "best" else []
         keep = self._config.checkpoint.keep
-        checkpoint.save(self._folder / "checkpoints", self._student.engine, progress, keep, protected=best)
+        with heartbeat.section("save"):
+            checkpoint.save(self._folder / "checkpoints", self._student.engine, progress, keep, protected=best)
         writers.event(step, "checkpoint")
 
     def _keep(self, selection: Selection, step: int) -> Kept:

@@ -16,7 +16,7 @@ from types import FrameType, TracebackType
 
 import torch
 
-from scaletrain import dist, durable
+from scaletrain import dist, durable, heartbeat
 from scaletrain.errors import InputError, RefusedError, RequeueError, ScaletrainError, StorageError, UndecidedError
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
@@ -71,7 +71,8 @@ class Session:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if error is None:
-            dist.barrier()
+            with heartbeat.section("end"):
+                dist.barrier()
             self._leave(0, "done")
         elif isinstance(error, ScaletrainError):
             if isinstance(error, RequeueError):

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from scaletrain import dist
+from scaletrain import dist, heartbeat
 from scaletrain.data.loader import Batch
 from scaletrain.engine import Engine
 from scaletrain.errors import ScaletrainError
@@ -36,7 +36,7 @@ def evaluate(engine: Engine, task: Scorer, batches: Iterable[Batch], samples: in
     Raises ScaletrainError on all ranks unless each sample was scored exactly once.
     """
     rows = [np.empty((0, 2 + task.columns))]
-    with engine.inference():
+    with engine.inference(), heartbeat.section("evaluation"):
         for batch, failure in attempts(batches):
             engine.begin(batch.rounds if batch else (), failure=failure)
             assert batch is not None, "begin raises for a failure"

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from scaletrain import heartbeat
 from scaletrain.data.loader import Batch
 from scaletrain.engine import Engine, Shard
 from scaletrain.train.control import StopRequest
@@ -66,16 +67,19 @@ def train(
         sums = torch.zeros(len(names), dtype=torch.float64, device=engine.device)
         for slot in batch.slots:
             terms = task.terms(engine.forward(slot), slot)
-            engine.backward(torch.stack([task.weights[t] * terms[t] / max(1.0, totals[f"count {t}"]) for t in names]).sum())
+            loss = torch.stack([task.weights[t] * terms[t] / max(1.0, totals[f"count {t}"]) for t in names]).sum()
+            with heartbeat.section("backward"):
+                engine.backward(loss)
             sums += torch.stack([terms[t].detach() for t in names]).double()
         values = [penalty.apply(engine.shards()).reshape(1).to(sums) for penalty in penalties]
         norm, sums = engine.clip(max_norm, torch.cat([sums, *values]))
         losses = {t: float(value) / max(1.0, totals[f"count {t}"]) for t, value in zip(names, sums, strict=False)}
         added = {penalty.name: float(value) for penalty, value in zip(penalties, sums[len(names) :], strict=True)}
-        loss = sum(task.weights[t] * losses[t] for t in names) + sum(added.values())
-        skipped, rate = guard.judge(batch.step + 1, loss, norm), learning_rate(batch.step)
+        total = sum(task.weights[t] * losses[t] for t in names) + sum(added.values())
+        skipped, rate = guard.judge(batch.step + 1, total, norm), learning_rate(batch.step)
         if skipped is None:
-            engine.step(rate)
+            with heartbeat.section("step"):
+                engine.step(rate)
         yield meter.record(
             StepTotals(
                 step=batch.step + 1,
@@ -85,7 +89,7 @@ def train(
                 rounds=len(batch.rounds),
                 filler_share=batch.fillers / max(1.0, totals["slots"]),
             ),
-            loss=loss,
+            loss=total,
             terms=losses | added,
             learning_rate=rate,
             gradient_norm=norm,
@@ -103,7 +107,8 @@ def attempts(batches: Iterable[Batch]) -> Iterator[tuple[Batch | None, Exception
     stream = iter(batches)
     while True:
         try:
-            batch = next(stream)
+            with heartbeat.section("data"):
+                batch = next(stream)
         except StopIteration:
             return
         except Exception as failure:

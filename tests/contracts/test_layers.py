@@ -14,7 +14,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 
 ROWS = (
-    {"errors", "durable"},
+    {"errors", "durable", "heartbeat"},
     {"config", "dist"},
     {"engine", "data", "model"},
     {"checkpoint"},
@@ -26,7 +26,7 @@ ROWS = (
 )
 """From the bottom up. A part may import those of lower rows, and not its neighbours."""
 HEIGHT = {part: height for height, row in enumerate(ROWS) for part in row}
-ONLY = {"launcher": {"config", "errors"}}
+ONLY = {"launcher": {"config", "errors", "heartbeat"}}
 """Parts that may import less than the rows below them: a launcher runs on login nodes, where there is no torch."""
 
 Edges = Mapping[str, set[str]]
