@@ -29,12 +29,14 @@ def restore(checkpoint: Checkpoint, engine: Engine, identity: Mapping[str, str])
 
 
 def check_identity(checkpoint: Checkpoint, identity: Mapping[str, str]) -> None:
-    """Raises CheckpointError where the checkpoint is of a run with another ``identity``."""
-    for what, mine in identity.items():
-        theirs = checkpoint.progress.identity.get(what)
-        if theirs != mine:
-            rule = f"the checkpoint {checkpoint.folder} was written with {theirs!r}"
-            raise CheckpointError(what, mine, rule, "Use the settings of that run, another output folder, or --fresh.")
+    """Raises CheckpointError, which names all differences, where the checkpoint is of a run with another ``identity``."""
+    before = checkpoint.progress.identity
+    different = [what for what, mine in identity.items() if before.get(what) != mine]
+    if different:
+        first, *others = different
+        also = "".join(f"; {what} too: {before.get(what)!r}, and now {identity[what]!r}" for what in others)
+        rule = f"the checkpoint {checkpoint.folder} was written with {before.get(first)!r}{also}"
+        raise CheckpointError(first, identity[first], rule, "Use the settings of that run, another output folder, or --fresh.")
 
 
 def _fill(checkpoint: Checkpoint, engine: Engine) -> None:

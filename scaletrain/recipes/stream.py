@@ -48,8 +48,8 @@ class Stream:
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """Nobody else onboards onto the lineage inside. Raises InputError, which says who does, if somebody is at it."""
-        lock = self._store.hold()
+        """The lineage may be changed inside, by this job alone: the session has the folder's lease."""
+        lock = self._store.hold(self._session.lease)
         dist.from_first("taking the lineage", lock.__enter__)
         try:
             dist.from_first("opening the lineage", self._open)
@@ -102,6 +102,7 @@ class Stream:
         ``task`` is None for the one that was adopted. A task that was concluded is not learned again, unless it was not
         published and ``retry`` is true. Raises RefusedError or UndecidedError unless ``on_refusal`` is ``continue``.
         """
+        self._stop.check()
         event = self._lifecycle.concluded(name)
         if event is None or (retry and event != "published"):
             base = self._base(name)
@@ -210,7 +211,7 @@ class Stream:
         """Of all that the candidate follows from."""
         tree = to_tree(self._config)
         tree["compute"] = tree["compute"]["max_tokens"]
-        for section in ("gate", "on_refusal"):
+        for section in ("gate", "on_refusal", "control"):
             del tree[section]
         for section in ("checkpoint", "metrics"):
             del tree["training"][section]

@@ -80,7 +80,11 @@ def ended(argv: list[str]) -> tuple[int, str]:
 
 def contents(folder: Path) -> dict[str, bytes]:
     """Every file in a run folder but the record of how the last start ended."""
-    return {str(f.relative_to(folder)): f.read_bytes() for f in folder.rglob("*") if f.is_file() and f.name != "exit.json"}
+    return {
+        str(f.relative_to(folder)): f.read_bytes()
+        for f in folder.rglob("*")
+        if f.is_file() and not f.name.startswith(("exit.json", "lease-"))
+    }
 
 
 def refused(tree: dict[str, Any], *overrides: str) -> str:
