@@ -26,6 +26,7 @@ import json
 import os
 import pwd
 import re
+import secrets
 import socket
 import sys
 import threading
@@ -122,13 +123,11 @@ class Lease:
             self.lost = self.lost or seen is None or seen.token != self.token
             if not self.lost:
                 self._holder = replace(self._holder, beat=self._holder.beat + 1, released=released)
-                path, data = self._folder / _name(self.token), _written(self._holder)
+                # Beats are not synced, which may take long beside a save: after a power cut an old one is as good as a new one.
+                temporary = _put(self._folder / _name(self.token), _written(self._holder), sync=released)
+                temporary.replace(self._folder / _name(self.token))
                 if released:
-                    durable.write(path, data)
-                else:  # not synced, which may take long beside a save: after a power cut an old beat is as good as a new one
-                    temporary = self._folder / f".{_name(self.token)}.beat"
-                    temporary.write_bytes(data)
-                    temporary.replace(path)
+                    durable.sync(self._folder)
 
     def _take(self) -> bool:
         """Gives the folder to this job; False where another one was quicker."""
@@ -143,7 +142,8 @@ class Lease:
         for token in _tokens(self._folder):
             if token < self.token:
                 (self._folder / _name(token)).unlink(missing_ok=True)
-                (self._folder / f".{_name(token)}.beat").unlink(missing_ok=True)
+                for left in self._folder.glob(f".{_name(token)}-*.tmp"):
+                    left.unlink(missing_ok=True)
         self._thread.start()
         return True
 
@@ -216,11 +216,7 @@ def _name(token: int) -> str:
 
 def _create(path: Path, data: bytes) -> bool:
     """Makes the file with its content in one step; False where it is there."""
-    temporary = path.with_name(f".{path.stem}-{socket.gethostname()}-{os.getpid()}.tmp")
-    with temporary.open("wb") as stream:
-        stream.write(data)
-        stream.flush()
-        os.fsync(stream.fileno())
+    temporary = _put(path, data, sync=True)
     try:
         os.link(temporary, path)
     except OSError as error:
@@ -241,11 +237,20 @@ def _create_exclusively(path: Path, data: bytes) -> bool:
     try:
         with path.open("xb") as stream:
             stream.write(data)
-            stream.flush()
-            os.fsync(stream.fileno())
     except FileExistsError:
         return False
     return True
+
+
+def _put(path: Path, data: bytes, *, sync: bool) -> Path:
+    """The data in a file beside ``path``, under a name that no other process or machine has."""
+    temporary = path.with_name(f".{path.name}-{secrets.token_hex(8)}.tmp")
+    with temporary.open("xb") as stream:
+        stream.write(data)
+        stream.flush()
+        if sync:
+            os.fsync(stream.fileno())
+    return temporary
 
 
 def _written(holder: Holder) -> bytes:

@@ -200,15 +200,14 @@ def _check_continues(last: Checkpoint, config: PretrainConfig, network: MaskedLa
     shapes = {name: facts["shape"] for name, facts in last.manifest["parameters"].items()}
     stored = {"hf_config": last.progress.fixed["hf_config"], "parameters": shapes}
     difference = model.difference(stored, model.describe(network))
-    try:
-        checkpoint.check_identity(last, identity)
-    except CheckpointError as error:
-        if difference:
-            error.add_note(f"model: {difference}")
-        raise
     if difference:
         rule = f"the checkpoint {last.folder} is of another model"
-        raise CheckpointError("model", difference, rule, "Use the settings of that run, another output folder, or --fresh.")
+        error = CheckpointError("model", difference, rule, "Use the settings of that run, another output folder, or --fresh.")
+        for what, said in checkpoint.differences(last, identity).items():
+            if what != "model":
+                error.add_note(said)
+        raise error
+    checkpoint.check_identity(last, identity)
     if last.progress.step > config.steps:
         rule = f"the run in {config.output} has taken {last.progress.step} steps already"
         raise ConfigError("steps", config.steps, rule, "Set a larger number, another output folder, or --fresh.")

@@ -26,6 +26,7 @@ from pydantic import Field
 
 from scaletrain import dist, durable, lease
 from scaletrain.errors import (
+    ConfigError,
     InputError,
     LeaseLostError,
     PeerLostError,
@@ -55,6 +56,11 @@ class ControlConfig:
     patience_s: Annotated[float, Field(gt=0)] = PATIENCE_S
     """Seconds without a sign of life (there is one every 5 s) after which a job of another machine, which held the folder, counts
     as dead. Below 60, NFS may show a living one as dead."""
+
+    def __post_init__(self) -> None:
+        if self.wall_clock_s is not None and self.wall_clock_s <= self.grace_s:
+            rule = f"it must be longer than control.grace_s ({self.grace_s:g}), which is kept free for a first save"
+            raise ConfigError("control.wall_clock_s", self.wall_clock_s, rule, "Allow more time, or less for a save")
 
 
 class StopRequest:
