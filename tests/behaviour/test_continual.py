@@ -54,7 +54,7 @@ def settings(root: Path, output: Path, *tasks: str | dict[str, Any], **changes: 
     """The tree of a stream, of three tasks if none are given, that has everything in it: replay, EWC and distillation."""
     trees = [task(root / "data", each) if isinstance(each, str) else each for each in tasks or streams.TASKS]
     training = {**streams.STAGE, "optimizer": {"learning_rate": 5e-3}, "checkpoint": {"every_steps": 2}}
-    compute = {**streams.COMPUTE, "slots": {"micro_batch_tokens": 256, "slot_multiple": 4}}
+    compute = {**streams.COMPUTE, "slots": {"micro_batch_tokens": 256, "slot_multiple": 4}, "samples_per_pass": 8}
     changes = {"training": training, "compute": compute, "methods": METHODS, "gate": {"max_drop": 0.95}, **changes}
     return streams.stream(root / "encoder", output, trees, **changes)
 
@@ -124,11 +124,11 @@ POINTS = {
     "the teacher's pass": Point("begun", "engine.base:Engine.forward", "recipes.onboarding:Onboarding._begin", count=2),
     "a step, one rank": Point("begun", "engine.base:Engine.forward", "recipes.stage:Stage.run", 14, (1,)),
     "validation": Point("begun", "engine.base:Engine.forward", "recipes.stage:Stage._evaluate"),
-    "Fisher information": Point("trained", "engine.base:Engine.forward", "engine.base:Engine.gradients", count=3),
     "the teacher's pass, asked": Point(
         "begun", "engine.base:Engine.forward", "recipes.onboarding:Onboarding._begin", 2, (1,), signal.SIGTERM
     ),
     "validation, asked": Point("begun", "engine.base:Engine.forward", "recipes.stage:Stage._evaluate", 2, (1,), signal.SIGUSR1),
+    "Fisher information": Point("trained", "engine.base:Engine.forward", "engine.base:Engine.gradients", count=3),
     "Fisher information, asked": Point(
         "trained", "engine.base:Engine.forward", "engine.base:Engine.gradients", 3, (1,), signal.SIGTERM
     ),

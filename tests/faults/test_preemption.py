@@ -55,7 +55,7 @@ def settings(prepared: Path, output: Path, **changes: Any) -> dict[str, Any]:
 
 
 def run(tree: dict[str, Any], point: str | None = None, more: tuple[int, ...] = ()) -> float:
-    """One rank of a run, of which the last is sent a signal at ``point``, and ``more``; returns how old it is at the end, in seconds."""
+    """One rank, the last of which is sent a signal at ``point``, and ``more``; how old it is at the end, in seconds."""
     made: list[Engine] = []
     begin = Engine.begin
 
