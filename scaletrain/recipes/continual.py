@@ -9,7 +9,6 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from scaletrain import dist
-from scaletrain.continual.methods import check_together
 from scaletrain.errors import ConfigError
 from scaletrain.recipes.onboarding import LineageConfig
 from scaletrain.recipes.starting import TaskConfig
@@ -27,7 +26,7 @@ class ContinualConfig(LineageConfig):
     """In the order in which they are learned."""
 
     def __post_init__(self) -> None:
-        check_together(self.methods)
+        LineageConfig.__post_init__(self)  # super() does not know a class with slots
         names = [task.name for task in self.tasks]
         for number, name in enumerate(names):
             if name in names[:number]:

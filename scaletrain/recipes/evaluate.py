@@ -13,6 +13,7 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from scaletrain import dist, durable
+from scaletrain.continual.store import EVALUATION
 from scaletrain.data import curate, tables
 from scaletrain.data.curate import Row
 from scaletrain.data.freeze import MANIFEST, thaw
@@ -63,7 +64,7 @@ def main(config: EvaluateConfig) -> dict[str, Any] | None:
         examples = [example for _, example in curate.distinct(rows)]
         _check_labels(rows, block)
         counts = {"examples": len(examples), "duplicates": len(rows) - len(examples)}
-        counts["in_train"] = dist.from_first("reading what the model was trained on", lambda: _seen(config, block.task, examples))
+        counts["in_train"] = dist.from_first("reading what the model was trained on", lambda: _seen(config, examples))
         table = student.score(student.encode(named(block.task, examples)))
         confusion = Confusion.of(table[:, 1], table[:, 2], len(student.labels))
         result = {"task": block.task, **counts, **student.task([], 0).summary(table)}
@@ -104,15 +105,23 @@ def chosen_block(blocks: Sequence[Block], asked: str | None) -> Block:
     return found[0]
 
 
-def _seen(config: EvaluateConfig, task: str, examples: Sequence[Example]) -> int | None:
-    """How many texts the model was trained on, with a warning: they flatter it. None where its data is not beside it."""
+def _seen(config: EvaluateConfig, examples: Sequence[Example]) -> int | None:
+    """How many texts the model was trained on, for whichever task, with a warning: they flatter it.
+
+    None where its data is not beside it.
+    """
     folder = model_folder(Path(config.model))
     assert folder is not None, "the model was opened"
-    lineage = folder.resolve().parent.parent.parent  # of versions/VERSION/model
-    data = next((each for each in (folder.parent / "task", lineage / "tasks" / task) if (each / MANIFEST).exists()), None)
-    if data is None:
+    version = folder.resolve().parent  # if it is the LINEAGE/versions/VERSION/model of a lineage
+    if (version / EVALUATION).exists():
+        tasks = json.loads((version / EVALUATION).read_bytes())["tasks"]
+        places = [version.parent.parent / "tasks" / task for task in tasks]
+    else:
+        places = [folder.parent / "task"]
+    trained = [example for place in places if (place / MANIFEST).exists() for example in thaw(place).splits["train"]]
+    if not trained:
         return None
-    found = curate.seen(examples, thaw(data).splits["train"])
+    found = curate.seen(examples, trained)
     if found:
-        warnings.warn(f"{found} of {len(examples)} texts stand in the training data of {task}: they flatter it", stacklevel=2)
+        warnings.warn(f"{found} of {len(examples)} texts stand in the model's training data: they flatter it", stacklevel=2)
     return found

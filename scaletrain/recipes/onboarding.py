@@ -21,7 +21,7 @@ from scaletrain.continual.gate import GateConfig
 from scaletrain.continual.lifecycle import Attempt
 from scaletrain.continual.memory import Remembered, load_memory, save_memory
 from scaletrain.continual.method import Active, Beginning, Ending, Past, Penalty, Rehearsal, State, Term
-from scaletrain.continual.methods import MethodConfig
+from scaletrain.continual.methods import MethodConfig, check_together
 from scaletrain.continual.store import Store
 from scaletrain.data.collate import Slot
 from scaletrain.data.freeze import thaw
@@ -57,6 +57,9 @@ class LineageConfig:
     """`continue`: the next task of a stream builds on the candidate that was not published."""
     control: ControlConfig = field(default_factory=ControlConfig)
     """How long a job may run, and when it takes the lineage of another one over."""
+
+    def __post_init__(self) -> None:
+        check_together(self.methods)
 
 
 class Onboarding:
@@ -174,7 +177,11 @@ class Onboarding:
         data = StageData(new, validation)
         if rehearsal is not None:
             data = StageData(new, validation, rehearsal.examples, rehearsal.per_new)
-        identity = {"attempt": self._attempt.digest, "methods": methods_identity(self._config.methods)}
+        identity = {
+            "model.start": student.start_digest,
+            "attempt": self._attempt.digest,
+            "methods": methods_identity(self._config.methods),
+        }
         return Stage(self._config.training, self._folder, student, data, self._config.seed, identity)
 
     # ----------------------------------------------------------------------------------------------------------- the methods

@@ -99,12 +99,14 @@ class Stream:
     def onboard(self, name: str, task: TaskConfig | None, *, retry: bool = False) -> str:
         """Learns a task, or the rest of it; returns how it ended: published, refused or undecided.
 
-        ``task`` is None for the one that was adopted. A task that was concluded is not learned again, unless it was not
-        published and ``retry`` is true. Raises RefusedError or UndecidedError unless ``on_refusal`` is ``continue``.
+        ``task`` is None for the one that was adopted. A task that was concluded is not learned again, unless ``retry`` is true
+        and what is published has not learned it: it was refused, or rolled back. Raises RefusedError or UndecidedError unless
+        ``on_refusal`` is ``continue``.
         """
         self._stop.check()
         event = self._lifecycle.concluded(name)
-        if event is None or (retry and event != "published"):
+        gone = event is not None and name not in self._learned(self._published())
+        if event is None or (retry and gone):
             base = self._base(name)
             learned = self._learned(base)
             self._require_new(name, learned, base)
@@ -118,14 +120,15 @@ class Stream:
             work.close()
             self._settle(attempt)
         elif dist.rank() == 0:
-            print(f"{name}: {event} before; nothing is trained", flush=True)
+            since = ", but it was rolled back since (--retry learns it again)" if gone and event == "published" else ""
+            print(f"{name}: {event} before{since}; nothing is trained", flush=True)
         if event != "published" and self._config.on_refusal == "stop":
             raise self._refusal(name, event)
         return event
 
     def standing(self) -> dict[str, Any]:
         """What is published, and its figures."""
-        version = dist.from_first("reading what is published", self._store.published)
+        version = self._published()
         scores = dist.from_first("reading a version", lambda: self._store.evaluation(version)["test"] if version else {})
         return {"published": version, "test": scores}
 
@@ -147,7 +150,7 @@ class Stream:
             "R": rows,
             **metrics.summary(rows),
             "gate": {task: self._lifecycle.concluded(task) for task in tasks},
-            "published": dist.from_first("reading what is published", self._store.published),
+            "published": self._published(),
         }
 
     def _open(self) -> None:
@@ -179,6 +182,9 @@ class Stream:
             newest = [version for version in seen if version not in given_up | own]
             if newest:
                 return str(newest[-1])
+        return self._published()
+
+    def _published(self) -> str | None:
         found: str | None = dist.from_first("reading what is published", self._store.published)
         return found
 

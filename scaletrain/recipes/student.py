@@ -84,6 +84,7 @@ class Student:
             rule = f"the encoder has {classifier.max_positions} positions"
             raise ConfigError("compute.max_tokens", config.max_tokens, rule, f"Set it to at most {classifier.max_positions}")
         self._config, self.scenario, self.tokenizer_folder, self._stop = config, scenario, origin.tokenizer_folder, stop
+        self.start_digest = origin.digest
         self._encoder = Encoder(origin.tokenizer_folder, config.max_tokens)
         self.classifier = classifier
         self.blocks: tuple[Block, ...] = classifier.head.blocks

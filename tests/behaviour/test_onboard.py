@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import yaml
+from safetensors.torch import load_file, save_file
 
 from scaletrain import cli, dist
 from scaletrain.continual.store import Store
@@ -312,6 +313,20 @@ def test_an_onboarding_that_is_under_way_is_finished_with_its_own_settings_only(
     assert events(lineage) == [*EVENTS, "published"] * 3
 
 
+def test_a_first_task_under_way_is_finished_from_the_weights_that_it_began_with(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Other weights under the same path would make another model than the one that its checkpoints are of."""
+    encoder, lineage = Path(shutil.copytree(root / "encoder", tmp_path / "encoder")), tmp_path / "lineage"
+    config = stream(root, lineage, "fruit", model={"start": str(encoder)})
+    interrupt(monkeypatch, "continual", config)
+    weights = load_file(encoder / "model.safetensors")
+    save_file({**weights, "embeddings.LayerNorm.bias": weights["embeddings.LayerNorm.bias"] + 1}, encoder / "model.safetensors")
+    assert refused(lineage, "continual", config).startswith("model.start: got '")
+    save_file(weights, encoder / "model.safetensors")
+    assert run("continual", config)[0] == 0
+
+
 def test_an_onboarding_that_is_given_up_makes_way(
     root: Path, lineage: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -463,6 +478,33 @@ def test_one_name_is_one_task(root: Path, lineage: Path, tmp_path: Path) -> None
     code, said = run("onboard", lineage, "--task", other)
     assert (code, answer(said)["outcome"]) == (0, "published")
     assert said.startswith("fruit: published before; nothing is trained\n")
+    assert contents(lineage) == before
+
+
+def test_what_was_rolled_back_can_be_learned_again(root: Path, lineage: Path) -> None:
+    """As a new version, and only where that is asked for."""
+    assert run("rollback", lineage)[0] == 0
+    command = ("onboard", lineage, "--task", written(lineage.parent / "tools.yaml", streams.task(root / "data", "tools")))
+    code, said = run(*command)
+    assert code == 0
+    assert said.startswith(
+        "tools: published before, but it was rolled back since (--retry learns it again); nothing is trained\n"
+    )
+    code, said = run(*command, "--retry")
+    assert (code, answer(said)["published"]) == (0, "0003-tools")
+    # What is published has learned it now: there is nothing to try again.
+    before = contents(lineage)
+    code, said = run(*command, "--retry")
+    assert (code, said.partition("\n")[0]) == (0, "tools: published before; nothing is trained")
+    assert contents(lineage) == before
+
+
+def test_methods_that_cannot_work_together_are_refused_by_every_verb(root: Path, lineage: Path, tmp_path: Path) -> None:
+    tree = yaml.safe_load((lineage / "config.yaml").read_text())
+    written(lineage / "config.yaml", {**tree, "methods": [{"name": "joint"}, {"name": "replay", "capacity": 10}]})
+    before = contents(lineage)
+    code, message = run("onboard", lineage, "--task", birds(root, tmp_path))
+    assert (code, "`joint` stands alone" in message) == (65, True), message
     assert contents(lineage) == before
 
 

@@ -10,6 +10,7 @@ import math
 import shutil
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from transformers import AutoModel, AutoTokenizer
 import scaletrain.export as exporting
 from scaletrain import cli, dist, model
 from scaletrain.config import decode
+from scaletrain.data.freeze import freeze, thaw
 from scaletrain.model import Block, Classifier, ClassifierConfig
 from scaletrain.recipes import evaluate, export
 from scaletrain.recipes.starting import open_start
@@ -214,9 +216,13 @@ def test_without_a_slot_multiple_the_predictions_are_the_same(
 
 
 def in_lineage(done: Path, folder: Path) -> Path:
-    """The model and the data of a run where a lineage keeps them."""
-    shutil.copytree(done / "task", folder / "tasks" / "fruit")
-    return Path(shutil.copytree(done / "model", folder / "versions" / "0001-fruit" / "model"))
+    """The model and the data of a run where a lineage keeps them, as those of its second task."""
+    shutil.copytree(done / "task", folder / "tasks" / "apples")
+    data = thaw(done / "task")
+    freeze(replace(data, splits={**data.splits, "train": ()}), folder / "tasks" / "fruit")
+    found = Path(shutil.copytree(done / "model", folder / "versions" / "0002-fruit" / "model"))
+    (found.parent / "evaluation.json").write_text(json.dumps({"tasks": ["apples", "fruit"]}))
+    return found
 
 
 @pytest.mark.parametrize("place", ["run", "model", "lineage", "relative"])
@@ -229,7 +235,7 @@ def test_texts_that_the_model_was_trained_on_are_counted_with_a_warning(
     source = {"run": done, "model": done / "model", "lineage": in_lineage(done, tmp_path / "lineage"), "relative": Path("model")}
     monkeypatch.chdir(done)
     tree = evaluating(source[place], [test_file, again], tmp_path / "out", compute=LOCAL)
-    with pytest.warns(UserWarning, match=r"^7 of 67 texts stand in the training data of fruit: they flatter it$"):
+    with pytest.warns(UserWarning, match=r"^7 of 67 texts stand in the model's training data: they flatter it$"):
         found = evaluation(tree)["result"]
     assert (found["in_train"], found["examples"]) == (7, 67)
 
