@@ -212,9 +212,17 @@ class Session:
             dist.stop()  # after any other error the peers may be gone, and leaving the group would wait for them
 
     def _meet(self, done: str) -> None:
-        """The last barrier: whoever gets through it knows that all have done their part. Raises PeerLostError."""
+        """The last barrier: whoever gets through it knows that all have done their part, in a folder that was theirs to the end.
+
+        Raises PeerLostError, and an error with the exit code of LeaseLostError.
+        """
+        lost_folder: LeaseLostError | None = None
         try:
-            dist.barrier()
+            self.check()
+        except LeaseLostError as error:
+            lost_folder = error
+        try:
+            dist.raise_together(lost_folder, "keeping the folder")
         except PeerLostError as error:
             lost = PeerLostError(f"{done}; a rank was lost at the last barrier: {error}")
             self._leave(lost.exit_code, str(lost))
