@@ -7,10 +7,9 @@ first is undone by scaling the loss, the second is switched off. Clipping and ch
 from __future__ import annotations
 
 import logging
-import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from typing import Any
 
 import deepspeed
@@ -25,13 +24,14 @@ from scaletrain import dist
 from scaletrain.engine.base import (
     MOMENTS,
     Engine,
-    OptimizerConfig,
     Shard,
-    Zero3Config,
     build_optimizer,
+    hooked,
     initial_state,
     set_learning_rate,
 )
+from scaletrain.engine.exchange import cut
+from scaletrain.engine.settings import OptimizerConfig, Zero3Config
 from scaletrain.errors import ConfigError
 
 
@@ -78,7 +78,7 @@ class Zero3Engine(Engine):
 
     def shards(self) -> Iterator[Shard]:
         for name, parameter in self._parameters.items():
-            start, length = _piece(parameter)
+            start, length = cut(parameter.ds_numel)
             shape = tuple(parameter.ds_shape)
             if name in self._frozen:
                 yield Shard(name, shape, start, self._frozen[name].view(-1)[:length], None, {})
@@ -122,31 +122,18 @@ class Zero3Engine(Engine):
         with dist.peers():
             td.all_reduce(tensor)
 
-    @contextmanager
-    def _transformed(self, transform: Callable[[Tensor], Tensor] | None) -> Iterator[None]:
+    def _transformed(self, transform: Callable[[Tensor], Tensor] | None) -> AbstractContextManager[None]:
         # backward() scales the loss by the world, and the reduction divides by it after the hook: the hook undoes both.
         def hook(gradient: Tensor) -> Tensor:
             assert transform is not None
             return transform(gradient / self._world) * self._world
 
-        handles = [self._parameters[name].register_hook(hook) for name in self._trainable] if transform else []
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
-
-
-def _piece(parameter: Any) -> tuple[int, int]:
-    """(start, length) of this rank's elements of the flattened parameter, without the padding that DeepSpeed puts at its end."""
-    size = math.ceil(parameter.ds_numel / dist.world())
-    start = min(dist.rank() * size, parameter.ds_numel)
-    return start, min(size, parameter.ds_numel - start)
+        return hooked((self._parameters[name] for name in self._trainable), hook if transform else None)
 
 
 def _own(parameter: Any, get: Callable[..., Tensor], *arguments: str) -> Tensor:
     """What ``get`` finds of this rank's piece: flat, live, without the padding."""
-    return get(parameter, *arguments).detach().view(-1)[: _piece(parameter)[1]]
+    return get(parameter, *arguments).detach().view(-1)[: cut(parameter.ds_numel)[1]]
 
 
 def settings(config: Zero3Config, device: torch.device, elements: int) -> dict[str, Any]:

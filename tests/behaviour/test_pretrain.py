@@ -91,6 +91,27 @@ def test_one_two_and_four_ranks_equal_plain_pytorch(prepared: Path, tmp_path: Pa
             torch.testing.assert_close(value, reference[name], rtol=0, atol=1e-5)
 
 
+def test_every_stage_of_zero_takes_the_same_run(prepared: Path, tmp_path: Path) -> None:
+    """Two ranks, dropout 0.1, an evaluation in it, and a resume of stage 1's run at stage 3."""
+    evaluation = {"every_steps": 4, "chunks_per_pass": 24}
+    changes: dict[str, Any] = {"steps": 8, "evaluation": evaluation, "checkpoint": {"every_steps": 4}}
+    found = {}
+    for name in ("zero3", "zero0", "zero1", "zero2"):
+        output = tmp_path / name
+        tree = tiny.settings(prepared, output, **changes) | ({"engine": {"name": name}} if name != "zero3" else {})
+        outcomes = ranks.attempt(run, 2, {"tree": tree, "die_after": 5 if name == "zero1" else None})
+        if name == "zero1":
+            assert {outcome["status"] for outcome in outcomes} == {f"signal {signal.SIGKILL:d}"}
+            outcomes = ranks.attempt(run, 2, {"tree": tiny.settings(prepared, output, **changes)})
+        assert {outcome["status"] for outcome in outcomes} == {"ok"}
+        held_out = [line["scores"]["loss"] for line in read_jsonl(output / "metrics.jsonl") if line["kind"] == "eval"]
+        found[name] = [[float.fromhex(value) for value in losses(output)], held_out]
+    assert [len(part) for part in found["zero3"]] == [8, 3]
+    for name in ("zero0", "zero1", "zero2"):
+        for mine, reference in zip(found[name], found["zero3"], strict=True):
+            assert mine == pytest.approx(reference, abs=1e-5)
+
+
 def test_a_world_size_that_does_not_divide_the_slots_changes_nothing_but_idle_slots(prepared: Path, tmp_path: Path) -> None:
     """Three ranks for slots in multiples of four: fillers run the whole model for nothing, and the loss is the same."""
     data = tiny.settings(prepared, tmp_path)["data"] | {"slots": {"micro_batch_tokens": 64, "slot_multiple": 4}}
