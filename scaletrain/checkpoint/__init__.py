@@ -24,7 +24,7 @@ from scaletrain.checkpoint.finding import find, newest, set_aside
 from scaletrain.checkpoint.manifest import Checkpoint, CheckpointConfig, Progress
 from scaletrain.checkpoint.pieces import Piece
 from scaletrain.checkpoint.reading import check_identity, differences, read_state, restore, state_shapes, weights
-from scaletrain.checkpoint.writing import save, write_state
+from scaletrain.checkpoint.writing import go_back, save, write_state
 
 __all__ = [
     "Checkpoint",
@@ -34,6 +34,7 @@ __all__ = [
     "check_identity",
     "differences",
     "find",
+    "go_back",
     "newest",
     "read_state",
     "restore",

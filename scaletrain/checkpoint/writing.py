@@ -14,7 +14,7 @@ import torch
 
 from scaletrain import dist, durable
 from scaletrain.checkpoint.finding import find, phase, sizes_fit, whole
-from scaletrain.checkpoint.manifest import FORMAT, VERSION, Progress, parts, read, write
+from scaletrain.checkpoint.manifest import FORMAT, VERSION, Checkpoint, Progress, parts, read, write
 from scaletrain.checkpoint.pieces import Piece, write_file
 from scaletrain.engine import Engine
 
@@ -153,6 +153,26 @@ def _retain(folder: Path, keep: int, protected: Collection[int]) -> None:
     for old in [checkpoint for checkpoint in find(folder) if sizes_fit(checkpoint)][keep:]:
         if old.progress.step not in protected:
             _discard(old.folder)
+
+
+def go_back(folder: Path, step: int) -> Checkpoint | None:
+    """The newest whole checkpoint from before ``step``, after those of ``step`` and later were dropped. Collective.
+
+    Where there is none, nothing is dropped.
+    """
+    names = dist.broadcast([each.folder.name for each in find(folder) if each.progress.step < step])
+    chosen = next((folder / name for name in names if whole(folder / name)), None)
+    if chosen is None:
+        return None
+
+    def drop() -> None:
+        for later in [each for each in find(folder) if each.progress.step >= step] if dist.rank() == 0 else ():
+            _discard(later.folder)
+
+    phase(drop, f"going back to before step {step} in {folder}")
+    manifest = read(chosen)
+    assert manifest is not None, "it was just read"
+    return Checkpoint(chosen, manifest)
 
 
 def _discard(checkpoint: Path) -> None:

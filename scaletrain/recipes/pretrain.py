@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field
@@ -14,6 +14,7 @@ from pydantic import Field
 from scaletrain import checkpoint, dist, engine, model
 from scaletrain.checkpoint import Checkpoint, CheckpointConfig, Progress
 from scaletrain.config import dump
+from scaletrain.data.loader import Loader
 from scaletrain.data.plan import Cursor
 from scaletrain.data.slots import Dealing
 from scaletrain.engine import Engine, EngineConfig, OptimizerConfig, Zero3Config
@@ -24,8 +25,9 @@ from scaletrain.tasks.mlm import MlmConfig
 from scaletrain.train.console import Writers, open_writers
 from scaletrain.train.control import ControlConfig, Session, StopRequest
 from scaletrain.train.evaluate import evaluate
+from scaletrain.train.guard import Guard, GuardConfig
 from scaletrain.train.loop import train
-from scaletrain.train.metrics import Fact, Meter, MetricsConfig, device_peak, peak_memory_bytes
+from scaletrain.train.metrics import Fact, Meter, MetricsConfig, StepRecord, device_peak, peak_memory_bytes
 from scaletrain.train.schedule import LinearConfig, ScheduleConfig, due, learning_rate
 
 
@@ -63,6 +65,8 @@ class PretrainConfig:
     """How the learning rate changes over the run."""
     clip_norm: Annotated[float, Field(gt=0)] | None = 1.0
     """Largest L2 norm of the step's gradient; null: no clipping."""
+    guard: GuardConfig = field(default_factory=GuardConfig)
+    """What is done about steps that are not finite."""
     engine: EngineConfig = field(default_factory=Zero3Config)
     """What runs the model."""
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
@@ -95,8 +99,7 @@ def main(config: PretrainConfig, *, fresh: bool = False) -> None:
             if run.start:
                 run.save(run.start)
         with run.corpora.loader(run.task) as loader:
-            batches = loader.batches(run.start, config.steps)
-            for record in train(run.engine, run.task, batches, run.learning_rate, config.clip_norm, stop, run.meter):
+            for record in run.records(loader, stop):
                 session.step = record.step
                 run.writers.step(record)
                 at_end = record.step == config.steps
@@ -140,6 +143,9 @@ class Run:
         )
         plan = self.corpora.plan
         self.start = plan.step_at(Cursor(**checkpoint.restore(last, self.engine, self._identity).cursor)) if last else 0
+        self.guard = Guard(config.guard, self.corpora.names, config.output)
+        if last:
+            self.guard.resume(last.progress.state.get("guard"), self.start)
         peak = device_peak(config.metrics, torch.cuda.get_device_name(device) if device.type == "cuda" else None)
         self.meter = Meter(
             config.steps,
@@ -159,6 +165,25 @@ class Run:
         self.writers.event(self.start, "start", **facts)
         self._total_samples = plan.samples_before(config.steps)
 
+    def records(self, loader: Loader, stop: StopRequest) -> Iterator[StepRecord]:
+        """Takes the steps that are left, those after a roll-back included."""
+        config, samples_before = self._config, self.corpora.plan.samples_before
+
+        def attempt(start: int) -> Iterator[StepRecord]:
+            batches = self.guard.batches(loader.batches, start, config.steps, samples_before)
+            return train(self.engine, self.task, batches, self.learning_rate, config.clip_norm, stop, self.meter, self.guard)
+
+        return self.guard.guarded(attempt, self.start, self._go_back)
+
+    def _go_back(self, step: int) -> tuple[int, Mapping[str, Any]] | None:
+        last = checkpoint.go_back(self._config.output / "checkpoints", step)
+        if last is None:
+            return None
+        progress = checkpoint.restore(last, self.engine, self._identity)
+        self.writers.rewind(progress.step)
+        self.writers.event(progress.step, "rolled back", before=step)
+        return progress.step, progress.state["guard"]
+
     def learning_rate(self, step: int) -> float:
         samples = self.corpora.plan.samples_before(step) + 1  # the step's first sample: no step has the rate 0 of the run's end
         return learning_rate(self._config.schedule, self._config.optimizer.learning_rate, samples, self._total_samples)
@@ -176,7 +201,8 @@ class Run:
         """``evaluated``: False where the evaluation that is due at this step was interrupted: a resume begins with it."""
         self.writers.flush()  # what a checkpoint stands for must not be lost after it
         cursor = self.corpora.plan.cursor(step)._asdict()
-        progress = Progress(step, cursor, self._identity, self._fixed, {} if evaluated else {"evaluated": False})
+        state: dict[str, Any] = {"guard": self.guard.state()} | ({} if evaluated else {"evaluated": False})
+        progress = Progress(step, cursor, self._identity, self._fixed, state)
         folder, keep = self._config.output / "checkpoints", self._config.checkpoint.keep
         with self._stop.saving():
             checkpoint.save(folder, self.engine, progress, keep, check=self._session.check)

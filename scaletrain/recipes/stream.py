@@ -219,7 +219,7 @@ class Stream:
         tree["compute"] = tree["compute"]["max_tokens"]
         for section in ("gate", "on_refusal", "control"):
             del tree[section]
-        for section in ("checkpoint", "metrics"):
+        for section in ("checkpoint", "metrics", "guard"):
             del tree["training"][section]
         return digest_of(repr(tree), frozen_digest(self._store.task_folder(name)), str(base))
 
