@@ -23,7 +23,7 @@ size is therefore arithmetic on ranges; nothing is converted and nothing is unpi
 from scaletrain.checkpoint.finding import find, newest, set_aside
 from scaletrain.checkpoint.manifest import Checkpoint, CheckpointConfig, Progress
 from scaletrain.checkpoint.pieces import Piece
-from scaletrain.checkpoint.reading import check_identity, read_state, restore, state_shapes, weights
+from scaletrain.checkpoint.reading import check_identity, differences, read_state, restore, state_shapes, weights
 from scaletrain.checkpoint.writing import go_back, save, write_state
 
 __all__ = [
@@ -32,6 +32,7 @@ __all__ = [
     "Piece",
     "Progress",
     "check_identity",
+    "differences",
     "find",
     "go_back",
     "newest",

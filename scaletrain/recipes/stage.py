@@ -35,6 +35,9 @@ from scaletrain.train.metrics import Meter, MetricsConfig, StepRecord, peak_memo
 from scaletrain.train.schedule import LinearConfig, ScheduleConfig, due, learning_rate
 from scaletrain.train.selection import Selection, SelectionConfig
 
+STATE_FOLLOWS = ("name", "betas", "epsilon", "weight_decay")
+"""Settings of the optimizer that its state means something under."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StageConfig:
@@ -113,7 +116,8 @@ class Stage:
         self._identity = {  # first what a user would look for: the digests that follow contain some of it
             "seed": str(seed),
             "training.batch_size": str(config.batch_size),
-            "training.optimizer.name": config.optimizer.name,
+            # Not the learning rate: a lower one is what a run that diverged is continued with.
+            **{f"training.optimizer.{each}": str(getattr(config.optimizer, each)) for each in STATE_FOLLOWS},
             "training.selection.metric": config.selection.metric,
             "training.selection.keep": config.selection.keep,
             **identity,
@@ -132,6 +136,8 @@ class Stage:
         RequeueError, after a checkpoint, where the stage was asked to stop.
         """
         last = self._last
+        self._session, self._stop = session, stop
+        stop.check()
         active = Active() if last is not None and self._over(last) else begin(self)
         task = replace(
             self._student.task(self.corpora, self._seed),
@@ -141,6 +147,9 @@ class Stage:
         start, selection = self._resume(last)
         session.step = start
         writers = self._writers(start)
+        if last is not None and not last.progress.state.get("evaluated", True):
+            self._evaluate(start, selection, writers)
+            self._save(start, selection, writers)
         total, engine = self._plan.samples_before(self.steps), self._student.engine
         meter = Meter(self.steps, lambda: peak_memory_bytes(engine.device.type))
 
@@ -165,10 +174,17 @@ class Stage:
                 session.step = record.step
                 writers.step(record)
                 at_end = record.step == self.steps
-                best = self._evaluate(record.step, selection, writers) if due(record.step, self._every) or at_end else False
-                over = at_end or selection.exhausted or stop.agreed
-                if over or best or due(record.step, self._config.checkpoint.every_steps):
+                try:
+                    best = self._evaluate(record.step, selection, writers) if due(record.step, self._every) or at_end else False
+                except RequeueError:
+                    self._save(record.step, selection, writers, evaluated=False)
+                    writers.close()
+                    raise
+                over = at_end or selection.exhausted
+                if over or best or stop.agreed or due(record.step, self._config.checkpoint.every_steps):
                     self._save(record.step, selection, writers)
+                    if not over and stop.ask():  # a request that came in a save needs no second one
+                        break
                 if selection.exhausted:
                     break
         writers.close()
@@ -215,19 +231,20 @@ class Stage:
         writers.evaluation(step, scores)
         return selection.offer(step, scores)
 
-    def _save(self, step: int, selection: Selection, writers: Writers) -> None:
+    def _save(self, step: int, selection: Selection, writers: Writers, *, evaluated: bool = True) -> None:
+        """``evaluated``: False where the evaluation that is due at this step was interrupted: a resume begins with it."""
         writers.flush()
         progress = Progress(
             step,
             self._plan.cursor(step)._asdict(),
             self._identity,
             fixed={"dealing": asdict(self._student.dealing)},
-            state={"selection": selection.state(), "guard": self._guard.state()},
+            state={"selection": selection.state(), "guard": self._guard.state()} | ({} if evaluated else {"evaluated": False}),
         )
         best = [selection.best_step] if selection.best_step is not None and self._config.selection.keep == "best" else []
-        keep = self._config.checkpoint.keep
-        with heartbeat.section("save"):
-            checkpoint.save(self._folder / "checkpoints", self._student.engine, progress, keep, protected=best)
+        folder, keep = self._folder / "checkpoints", self._config.checkpoint.keep
+        with self._stop.saving():
+            checkpoint.save(folder, self._student.engine, progress, keep, protected=best, check=self._session.check)
         writers.event(step, "checkpoint")
 
     def _keep(self, selection: Selection, step: int) -> Kept:

@@ -84,8 +84,10 @@ def events(lineage: Path) -> list[str]:
 
 def contents(folder: Path) -> dict[str, bytes]:
     """Every file but the record of how the last command ended, and who held the lineage last."""
-    passing = ("exit.json", "lock")
-    return {str(f.relative_to(folder)): f.read_bytes() for f in folder.rglob("*") if f.is_file() and f.name not in passing}
+    passing = ("exit.json", "lease-")
+    return {
+        str(f.relative_to(folder)): f.read_bytes() for f in folder.rglob("*") if f.is_file() and not f.name.startswith(passing)
+    }
 
 
 def refused(lineage: Path, verb: str, *words: str | Path) -> str:

@@ -164,7 +164,7 @@ def test_a_signal_to_one_rank_stops_all_after_the_same_step_and_loses_nothing(pr
     assert checkpoint.find(tmp_path / "run" / "checkpoints")[0].progress.step == left["step"] == 5
     ranks.run(run, 2, {"tree": tree})
     assert len(losses(tmp_path / "run")) == 9
-    assert json.loads((tmp_path / "run" / "exit.json").read_text()) == {"code": 0, "step": 9, "reason": "done"}
+    assert json.loads((tmp_path / "run" / "exit.json").read_text()) == {"code": 0, "step": 9, "reason": "done", "lease": 2}
 
 
 def test_a_rank_that_dies_in_a_forward_pass_is_said_to_be_lost(prepared: Path, tmp_path: Path) -> None:
