@@ -138,7 +138,7 @@ def test_a_request_to_stop_is_a_checkpoint_and_75_and_the_same_command_ends_as_i
     done = run(launch(file))
     assert done.returncode == 0, done.stderr
     assert losses(tmp_path / "run") == expected
-    assert record(tmp_path / "run") == {"code": 0, "step": STEPS, "reason": "done", "lease": 1}
+    assert record(tmp_path / "run") == {"code": 0, "step": STEPS, "reason": "done", "lease": 2}
 
 
 def test_a_rank_that_is_killed_ends_the_job_within_seconds_and_leaves_no_process(prepared: Path, tmp_path: Path) -> None:
