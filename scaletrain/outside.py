@@ -5,29 +5,35 @@ A digest says that a file is the one a manifest lists, not that the manifest is 
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import stat
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 JSON_BYTES_MAX = 256 << 20
 """No manifest, tokenizer or table of settings comes near it."""
 
 
-def read_bytes(file: Path, bytes_max: int = JSON_BYTES_MAX) -> bytes:
-    """All of a plain file. Raises OSError, and ValueError for a pipe, a device, or more than ``bytes_max``."""
+def open_plain(file: Path, bytes_max: int = JSON_BYTES_MAX) -> BinaryIO:
+    """A plain file, open for reading. Raises OSError, and ValueError for a pipe, a device, or more than ``bytes_max``."""
     # A FIFO would wait for a writer, and /dev/zero never ends.
     descriptor = os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    with open(descriptor, "rb") as stream:
-        status = os.fstat(descriptor)
-        if stat.S_ISDIR(status.st_mode):
-            raise IsADirectoryError(21, "Is a directory", str(file))
-        if not stat.S_ISREG(status.st_mode):
-            raise ValueError("it is not a plain file")
-        if status.st_size > bytes_max:
-            raise ValueError(f"it has {status.st_size} bytes, and at most {bytes_max} are read")
-        return stream.read(status.st_size)
+    status = os.fstat(descriptor)
+    if stat.S_ISREG(status.st_mode) and status.st_size <= bytes_max:
+        return open(descriptor, "rb")
+    os.close(descriptor)
+    if stat.S_ISDIR(status.st_mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(file))
+    rule = f"at most {bytes_max} are read" if stat.S_ISREG(status.st_mode) else "only plain files are read"
+    raise ValueError(f"it has {status.st_size} bytes, and {rule}")
+
+
+def read_bytes(file: Path, bytes_max: int = JSON_BYTES_MAX) -> bytes:
+    """All of a plain file. Raises what `open_plain` does."""
+    with open_plain(file, bytes_max) as stream:
+        return stream.read()
 
 
 def read_json(file: Path, bytes_max: int = JSON_BYTES_MAX) -> Any:

@@ -14,21 +14,29 @@ import torch
 
 from scaletrain import dist, durable
 from scaletrain.checkpoint.finding import find, phase, sizes_fit, whole
-from scaletrain.checkpoint.manifest import FORMAT, VERSION, Progress, parts, write
+from scaletrain.checkpoint.manifest import FORMAT, VERSION, Checkpoint, Progress, parts, read, write
 from scaletrain.checkpoint.pieces import Piece, write_file
 from scaletrain.engine import Engine
 
 Files = list[dict[str, Any]]
 
 
-def save(folder: Path, engine: Engine, progress: Progress, keep: int, protected: Collection[int] = ()) -> Path:
+def save(
+    folder: Path,
+    engine: Engine,
+    progress: Progress,
+    keep: int,
+    protected: Collection[int] = (),
+    check: Callable[[], None] | None = None,
+) -> Path:
     """Writes the checkpoint of ``progress.step`` under ``folder`` and drops old ones beyond ``keep``. Collective.
 
-    Those of the steps ``protected`` (the best so far) are kept whatever their age.
+    Those of the steps ``protected`` (the best so far) are kept whatever their age. ``check`` is called on rank 0 right before the
+    checkpoint gets its name, and may raise: then it does not get it.
     Raises StorageError on every rank where any rank could not write; older checkpoints are untouched then.
     """
     final = folder / f"step-{progress.step:08d}"
-    if whole(final):
+    if whole(final) and dist.broadcast(_same_progress(final, progress)):
         return final  # resumed here, nothing happened since
     dist.agree("the buffers of the model", _buffers_digest(engine))
     buffers = {f"buffer/{name}": value for name, value in engine.buffers().items()} if dist.rank() == 0 else {}
@@ -42,8 +50,14 @@ def save(folder: Path, engine: Engine, progress: Progress, keep: int, protected:
         lambda partial: write_file(partial, _shards(engine), buffers),
         lambda files: _manifest(engine, progress, files),
         settle,
+        check,
     )
     return final
+
+
+def _same_progress(final: Path, progress: Progress) -> bool:
+    manifest = read(final)
+    return manifest is not None and manifest["progress"] == json.loads(json.dumps(asdict(progress)))
 
 
 def write_state(folder: Path, part: str, pieces: Mapping[str, Piece]) -> Files:
@@ -66,6 +80,7 @@ def _commit(
     write_pieces: Callable[[Path], dict[str, Any]],
     manifest: Callable[[Files], dict[str, Any]],
     settle: Callable[[], None] | None = None,
+    check: Callable[[], None] | None = None,
 ) -> Files:
     """Every rank's file beside its place, then rank 0's manifest and rename. Returns the entries of all files."""
     partial = final.with_name(f".{final.name}.partial")
@@ -76,6 +91,8 @@ def _commit(
         if dist.rank() == 0:
             write(partial, manifest(files))
             durable.sync(partial)
+            if check:
+                check()
             if final.exists():
                 _discard(final)  # a damaged one, or that of an earlier attempt: the run came by here again
             partial.rename(final)
@@ -136,6 +153,26 @@ def _retain(folder: Path, keep: int, protected: Collection[int]) -> None:
     for old in [checkpoint for checkpoint in find(folder) if sizes_fit(checkpoint)][keep:]:
         if old.progress.step not in protected:
             _discard(old.folder)
+
+
+def go_back(folder: Path, step: int) -> Checkpoint | None:
+    """The newest whole checkpoint from before ``step``, after those of ``step`` and later were dropped. Collective.
+
+    Where there is none, nothing is dropped.
+    """
+    names = dist.broadcast([each.folder.name for each in find(folder) if each.progress.step < step])
+    chosen = next((folder / name for name in names if whole(folder / name)), None)
+    if chosen is None:
+        return None
+
+    def drop() -> None:
+        for later in [each for each in find(folder) if each.progress.step >= step] if dist.rank() == 0 else ():
+            _discard(later.folder)
+
+    phase(drop, f"going back to before step {step} in {folder}")
+    manifest = read(chosen)
+    assert manifest is not None, "it was just read"
+    return Checkpoint(chosen, manifest)
 
 
 def _discard(checkpoint: Path) -> None:

@@ -27,7 +27,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from scaletrain import dist
+from scaletrain import dist, heartbeat
 from scaletrain.engine.settings import OptimizerConfig
 from scaletrain.errors import RoundsError
 
@@ -103,7 +103,8 @@ class Engine(ABC):
         plan = "\n".join(["rounds", *rounds, "header", *header])
         # 40 bits: the sum over up to 4,096 ranks stays exact in float64.
         digest = float(int.from_bytes(hashlib.blake2b(plan.encode(), digest_size=5).digest(), "little"))
-        failures, total, *sums = dist.sum_vector([float(failure is not None), digest, *header.values()])
+        with heartbeat.section("reduce"):
+            failures, total, *sums = dist.sum_vector([float(failure is not None), digest, *header.values()])
         if failures:
             dist.raise_together(failure, "reading the data")
         if total != digest * dist.world():
@@ -129,7 +130,8 @@ class Engine(ABC):
             )
         torch.manual_seed(slot.seed)
         self._round += 1
-        return self._call({name: value.to(self.device, non_blocking=True) for name, value in slot.inputs.items()})
+        with heartbeat.section("forward"):
+            return self._call({name: value.to(self.device, non_blocking=True) for name, value in slot.inputs.items()})
 
     def clip(self, max_norm: float | None, sums: Tensor) -> tuple[float, Tensor]:
         """Scales the gradient to a global L2 norm of at most ``max_norm`` (None: leaves it).
@@ -140,8 +142,9 @@ class Engine(ABC):
         """
         norms = torch.stack(torch._foreach_norm(self._gradient_blocks, 2.0)).double()
         packed = torch.cat([norms.square().sum().reshape(1).to(self.device), sums.to(self.device)])  # shards may lie on the host
-        self._all_reduce(packed)
-        packed = packed.cpu()
+        with heartbeat.section("reduce"):
+            self._all_reduce(packed)
+            packed = packed.cpu()
         norm = float(packed[0].sqrt())
         if max_norm is not None and norm > max_norm:
             torch._foreach_mul_(list(self._gradients.values()), max_norm / norm)
@@ -174,7 +177,9 @@ class Engine(ABC):
         self.begin([slot.signature for slot in slots])
         with self._transformed(transform), nullcontext() if dropout else self._without_dropout():
             for slot in slots:
-                self.backward(loss(self.forward(slot), slot))
+                value = loss(self.forward(slot), slot)
+                with heartbeat.section("backward"):
+                    self.backward(value)
 
     @contextmanager
     def inference(self) -> Iterator[None]:

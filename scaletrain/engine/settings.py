@@ -67,6 +67,8 @@ class Zero3Config:
     name: Literal["zero3"] = "zero3"
     precision: Precision = "fp32"
     """``bf16`` computes in bfloat16 on fp32 master shards; gradients are reduced and summed in fp32."""
+    offload: Offload = "none"
+    """``cpu`` keeps master weights, gradients and optimizer state of this rank in host memory, and steps there."""
     persistence_threshold: Annotated[int, Field(ge=0)] = 100_000
     """Parameters of fewer elements than this stay whole on every rank. Above the largest tensor, ZeRO-3 gathers once per step."""
     prefetch_elements: Annotated[int, Field(ge=0)] = 50_000_000

@@ -67,7 +67,7 @@ def test_a_chain_of_engines_and_world_sizes_trains_on_as_one_run(
     fault(fault="F13", injected=route, times=len(CHAINS[name]) - 1, outcome="losses and weights to 1e-5", lost_steps=0)
 
 
-@pytest.mark.parametrize("name", ["zero0", "zero1", "zero2"])
+@pytest.mark.parametrize("name", toy.ZERO)
 def test_an_optimizer_on_the_host_is_read_by_one_that_is_not(tmp_path: Path, name: str) -> None:
     """In bf16, where masters and weights are two things: the bytes that a run without offload has."""
     settings: list[dict[str, Any]] = [{"offload": "none"}, {"offload": "cpu"}, {"offload": "none"}]

@@ -114,6 +114,37 @@ def test_what_is_not_trained_stays_as_it_was_and_is_in_the_shards(name: str) -> 
         assert (result["facts"], result["buffers"]) == (expected["facts"], {"calls": [3.0] * 3})
 
 
+def pulled(name: str, **settings: Any) -> dict[str, Any]:
+    """Steps whose gradients are changed on the shards, as a penalty does; and what the module then computes."""
+    made = toy.make(name, **settings)
+    clip = made.clip
+
+    def changed(*arguments: Any) -> Any:
+        for shard in made.shards():
+            assert shard.gradient is not None
+            shard.gradient.add_(shard.weight, alpha=0.3)
+        return clip(*arguments)
+
+    made.clip = changed  # type: ignore[method-assign]  # in a process of its own
+    losses = list(toy.steps(made, 0, 3))
+    item = toy.slot(5, 1)
+    with made.inference():
+        made.begin([item.signature])
+        outputs = made.forward(item).flatten()[:50].tolist()
+    return {"losses": losses, "outputs": outputs, "weights": toy.pieces(made)}
+
+
+@pytest.mark.parametrize("name", toy.ZERO)
+def test_what_is_added_to_a_gradient_on_its_owner_counts_on_every_rank(name: str) -> None:
+    """Before clipping: norms, weights and outputs are those of plain PyTorch, also with the optimizer on the host."""
+    expected = ranks.run(pulled, 1, {"name": "local"})[0]
+    results = ranks.run(pulled, 2, {"name": name, "offload": "cpu"})
+    assert results[0]["outputs"] == results[1]["outputs"] == pytest.approx(expected["outputs"], abs=1e-5)
+    assert torch.tensor(results[0]["losses"]) == pytest.approx(torch.tensor(expected["losses"]), abs=1e-5)
+    weights = toy.whole([result["weights"] for result in results])
+    assert toy.furthest(weights, toy.whole([expected["weights"]])) < 1e-5
+
+
 WIDTH, PARAMETERS = 64, 64 * 64
 
 

@@ -164,7 +164,7 @@ def test_a_signal_to_one_rank_stops_all_after_the_same_step_and_loses_nothing(pr
     assert checkpoint.find(tmp_path / "run" / "checkpoints")[0].progress.step == left["step"] == 5
     ranks.run(run, 2, {"tree": tree})
     assert len(losses(tmp_path / "run")) == 9
-    assert json.loads((tmp_path / "run" / "exit.json").read_text()) == {"code": 0, "step": 9, "reason": "done"}
+    assert json.loads((tmp_path / "run" / "exit.json").read_text()) == {"code": 0, "step": 9, "reason": "done", "lease": 2}
 
 
 def test_a_rank_that_dies_in_a_forward_pass_is_said_to_be_lost(prepared: Path, tmp_path: Path) -> None:
@@ -180,31 +180,6 @@ def test_a_held_out_text_without_a_masked_token_is_no_perfect_score(prepared: Pa
     tree = tiny.settings(prepared, tmp_path / "run", steps=1, evaluation={"every_steps": 1}, task=task)
     for outcome in ranks.attempt(run, 2, {"tree": tree}):
         assert (outcome["type"], outcome["exit_code"]) == ("CorpusError", 65)
-
-
-def spoiled(tree: dict[str, Any]) -> dict[str, Any]:
-    """A run in which rank 1's gradient is not a number in the third step."""
-    clip = Engine.clip
-
-    def spoil(self: Engine, *arguments: Any) -> Any:
-        if self.updates == 2 and dist.rank() == dist.world() - 1:
-            next(shard.gradient for shard in self.shards() if shard.gradient is not None).fill_(float("nan"))
-        return clip(self, *arguments)
-
-    Engine.clip = spoil  # type: ignore[method-assign]  # in a process of its own
-    try:
-        pretrain.main(decode(pretrain.Config, tree))
-    finally:
-        Engine.clip = clip  # type: ignore[method-assign]
-    return {}
-
-
-def test_a_gradient_that_is_not_finite_on_one_rank_ends_the_run_on_all_before_the_update(prepared: Path, tmp_path: Path) -> None:
-    tree = tiny.settings(prepared, tmp_path / "run", steps=5, checkpoint={"every_steps": 1})
-    for outcome in ranks.attempt(spoiled, 2, {"tree": tree}):
-        assert (outcome["type"], outcome["exit_code"]) == ("DivergedError", 72)
-    assert json.loads((tmp_path / "run" / "exit.json").read_text())["step"] == 2
-    assert checkpoint.find(tmp_path / "run" / "checkpoints")[0].progress.step == 2
 
 
 @pytest.fixture(scope="module")

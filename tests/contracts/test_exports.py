@@ -18,6 +18,9 @@ EXIT_CODES = {
     "CheckpointError": 65,
     "WorldSizeError": 65,
     "DeviceError": 65,
+    "OccupiedError": 65,
+    "LeaseLostError": 65,
+    "DataBudgetError": 66,
     "DivergedError": 72,
     "StorageError": 74,
     "RequeueError": 75,
@@ -51,7 +54,9 @@ def test_the_errors_and_their_exit_codes() -> None:
 
 
 def test_the_configuration_mechanism() -> None:
-    assert own_names(config) == {"alternatives", "decode", "dump", "hints_of", "load", "load_tree", "members", "merge", "to_tree"}
+    assert own_names(config) == {
+        *("alternatives", "decode", "dump", "hints_of", "load", "load_tree", "members", "merge", "redacted", "to_tree")
+    }
 
 
 def test_the_launcher() -> None:
