@@ -12,7 +12,7 @@ import torch
 from pydantic import Field
 
 from scaletrain import checkpoint, dist, engine, heartbeat, model
-from scaletrain.checkpoint import Checkpoint, CheckpointConfig, Progress
+from scaletrain.checkpoint import Checkpoint, CheckpointConfig, Progress, Saver
 from scaletrain.config import dump
 from scaletrain.data.loader import Loader
 from scaletrain.data.plan import Cursor
@@ -91,7 +91,7 @@ def main(config: PretrainConfig, *, fresh: bool = False) -> None:
         for name in ("checkpoints", "metrics.jsonl", "tensorboard") if fresh else ():
             checkpoint.set_aside(config.output / name)
         with heartbeat.section("load"):
-            last = checkpoint.newest(config.output / "checkpoints")
+            last = checkpoint.newest(config.output / "checkpoints", aside=True)
         session.step = last.progress.step if last else 0
         run = Run(config, session, stop, last)
         stop.check()
@@ -99,7 +99,7 @@ def main(config: PretrainConfig, *, fresh: bool = False) -> None:
             run.evaluate(run.start)
             if run.start:
                 run.save(run.start)
-        with run.corpora.loader(run.task) as loader:
+        with run.saver, run.corpora.loader(run.task) as loader:
             for record in run.records(loader, stop):
                 session.step = record.step
                 run.writers.step(record)
@@ -109,12 +109,14 @@ def main(config: PretrainConfig, *, fresh: bool = False) -> None:
                         run.evaluate(record.step)
                     except RequeueError:
                         run.save(record.step, evaluated=False)
+                        run.settle()
                         run.writers.close()
                         raise
                 if due(record.step, config.checkpoint.every_steps) or at_end or stop.agreed:
                     run.save(record.step)
                     if not at_end and stop.ask():  # a request that came in a save needs no second one
                         break
+            run.settle()
         run.writers.close()
         if stop.agreed and session.step < config.steps:
             raise RequeueError(f"stopped on request after step {session.step} of {config.steps}; the same command continues it")
@@ -166,6 +168,7 @@ class Run:
             facts["peak"] = peak.assumption
         self.writers.event(self.start, "start", **facts)
         self._total_samples = plan.samples_before(config.steps)
+        self.saver = Saver(config.output / "checkpoints", self.engine, config.checkpoint, self._not_saved, check=session.check)
 
     def records(self, loader: Loader, stop: StopRequest) -> Iterator[StepRecord]:
         """Takes the steps that are left, those after a roll-back included."""
@@ -178,7 +181,8 @@ class Run:
         return self.guard.guarded(attempt, self.start, self._go_back)
 
     def _go_back(self, step: int) -> tuple[int, Mapping[str, Any]] | None:
-        last = checkpoint.go_back(self._config.output / "checkpoints", step)
+        self.settle()
+        last = checkpoint.go_back(self._config.output / "checkpoints", step, self._session.check)
         if last is None:
             return None
         progress = checkpoint.restore(last, self.engine, self._identity)
@@ -204,11 +208,18 @@ class Run:
         self.writers.flush()  # what a checkpoint stands for must not be lost after it
         cursor = self.corpora.plan.cursor(step)._asdict()
         state: dict[str, Any] = {"guard": self.guard.state()} | ({} if evaluated else {"evaluated": False})
-        progress = Progress(step, cursor, self._identity, self._fixed, state)
-        folder, keep = self._config.output / "checkpoints", self._config.checkpoint.keep
-        with self._stop.saving():
-            checkpoint.save(folder, self.engine, progress, keep, check=self._session.check)
-        self.writers.event(step, "checkpoint")
+        with self._stop.saving(lambda: self.saver.longest_s):
+            begun = self.saver.save(Progress(step, cursor, self._identity, self._fixed, state))
+        if begun:
+            self.writers.event(step, "checkpoint")
+
+    def settle(self) -> None:
+        """Waits until the last checkpoint is on the disk."""
+        with self._stop.saving(lambda: self.saver.longest_s):
+            self.saver.settle()
+
+    def _not_saved(self, step: int, why: str) -> None:
+        self.writers.event(step, "save failed", error=why)
 
 
 def _identity(config: PretrainConfig, network: MaskedLanguageModel, corpora: Corpora) -> dict[str, str]:

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from scaletrain import checkpoint, dist, heartbeat, model
-from scaletrain.checkpoint import Checkpoint, CheckpointConfig, Progress
+from scaletrain.checkpoint import Checkpoint, CheckpointConfig, Progress, Saver
 from scaletrain.continual.method import Active
 from scaletrain.data.examples import Examples
 from scaletrain.data.plan import CorpusShape, Cursor, PhaseShape, Plan
@@ -125,7 +125,7 @@ class Stage:
             "data": self._plan.digest,
         }
         with heartbeat.section("load"):
-            self._last = checkpoint.newest(folder / "checkpoints")
+            self._last = checkpoint.newest(folder / "checkpoints", aside=True)
         if self._last is not None:
             self._check_continues(self._last)
 
@@ -147,9 +147,16 @@ class Stage:
         start, selection = self._resume(last)
         session.step = start
         writers = self._writers(start)
+        saver = Saver(
+            self._folder / "checkpoints",
+            self._student.engine,
+            self._config.checkpoint,
+            lambda step, why: writers.event(step, "save failed", error=why),
+            check=session.check,
+        )
         if last is not None and not last.progress.state.get("evaluated", True):
             self._evaluate(start, selection, writers)
-            self._save(start, selection, writers)
+            self._save(start, selection, saver, writers)
         total, engine = self._plan.samples_before(self.steps), self._student.engine
         meter = Meter(self.steps, lambda: peak_memory_bytes(engine.device.type))
 
@@ -160,7 +167,8 @@ class Stage:
             return train(engine, task, batches, rate, clip, stop, meter, self._guard, active.penalties)
 
         def go_back(step: int) -> tuple[int, Mapping[str, Any]] | None:
-            last = checkpoint.go_back(self._folder / "checkpoints", step)
+            self._settle(saver)
+            last = checkpoint.go_back(self._folder / "checkpoints", step, session.check)
             if last is None:
                 return None
             progress = checkpoint.restore(last, engine, self._identity)
@@ -169,7 +177,7 @@ class Stage:
             writers.event(progress.step, "rolled back", before=step)
             return progress.step, progress.state["guard"]
 
-        with self._student.loader(self._dealt, task) as loader:
+        with saver, self._student.loader(self._dealt, task) as loader:
             for record in self._guard.guarded(attempt, start, go_back):
                 session.step = record.step
                 writers.step(record)
@@ -177,16 +185,18 @@ class Stage:
                 try:
                     best = self._evaluate(record.step, selection, writers) if due(record.step, self._every) or at_end else False
                 except RequeueError:
-                    self._save(record.step, selection, writers, evaluated=False)
+                    self._save(record.step, selection, saver, writers, evaluated=False)
+                    self._settle(saver)
                     writers.close()
                     raise
                 over = at_end or selection.exhausted
                 if over or best or stop.agreed or due(record.step, self._config.checkpoint.every_steps):
-                    self._save(record.step, selection, writers)
+                    self._save(record.step, selection, saver, writers)
                     if not over and stop.ask():  # a request that came in a save needs no second one
                         break
                 if selection.exhausted:
                     break
+            self._settle(saver)
         writers.close()
         if stop.agreed and not selection.exhausted and session.step < self.steps:
             raise RequeueError(f"stopped on request after step {session.step} of {self.steps}; the same command continues it")
@@ -231,7 +241,7 @@ class Stage:
         writers.evaluation(step, scores)
         return selection.offer(step, scores)
 
-    def _save(self, step: int, selection: Selection, writers: Writers, *, evaluated: bool = True) -> None:
+    def _save(self, step: int, selection: Selection, saver: Saver, writers: Writers, *, evaluated: bool = True) -> None:
         """``evaluated``: False where the evaluation that is due at this step was interrupted: a resume begins with it."""
         writers.flush()
         progress = Progress(
@@ -242,10 +252,16 @@ class Stage:
             state={"selection": selection.state(), "guard": self._guard.state()} | ({} if evaluated else {"evaluated": False}),
         )
         best = [selection.best_step] if selection.best_step is not None and self._config.selection.keep == "best" else []
-        folder, keep = self._folder / "checkpoints", self._config.checkpoint.keep
-        with self._stop.saving():
-            checkpoint.save(folder, self._student.engine, progress, keep, protected=best, check=self._session.check)
-        writers.event(step, "checkpoint")
+        # Without the best, the stage could not end: it stops now, and goes on from the checkpoint before.
+        with self._stop.saving(lambda: saver.longest_s):
+            begun = saver.save(progress, protected=best, required=best == [step])
+        if begun:
+            writers.event(step, "checkpoint")
+
+    def _settle(self, saver: Saver) -> None:
+        """Waits until the last checkpoint is on the disk."""
+        with self._stop.saving(lambda: saver.longest_s):
+            saver.settle()
 
     def _keep(self, selection: Selection, step: int) -> Kept:
         """Goes back to the best weights, where they are what is to be kept."""

@@ -124,13 +124,16 @@ class StopRequest:
             raise RequeueError(f"stopped on request {where}; the same command continues it")
 
     @contextmanager
-    def saving(self) -> Iterator[None]:
-        """Around a save: how long saves take decides when the clock asks, and whether the grace is long enough."""
+    def saving(self, longest_s: Callable[[], float] = lambda: 0.0) -> Iterator[None]:
+        """Around a save: how long saves take decides when the clock asks, and whether the grace is long enough.
+
+        ``longest_s`` says how long the longest so far has taken in all, where it goes on after the training has.
+        """
         began_s, before_s = time.monotonic(), self._longest_save_s
         with heartbeat.section("save"):
             yield
         self._asked_at_s = time.monotonic()
-        self._longest_save_s = max(before_s, self._asked_at_s - began_s)
+        self._longest_save_s = max(before_s, self._asked_at_s - began_s, longest_s())
         needed_s, grace_s = SAVE_MARGIN * self._longest_save_s, self.config.grace_s
         if dist.rank() == 0 and needed_s > grace_s and self._longest_save_s > before_s:
             warnings.warn(

@@ -24,7 +24,7 @@ import pytest
 import torch
 
 from scaletrain import checkpoint, config, dist, lease, outside
-from scaletrain.checkpoint.manifest import write as write_manifest
+from scaletrain.commit.manifest import write as write_manifest
 from scaletrain.config import decode
 from scaletrain.continual import sealed
 from scaletrain.continual.memory import load_memory, save_memory
