@@ -140,23 +140,12 @@ def sum_vector(values: Sequence[float]) -> list[float]:
 
 def gather_bytes(data: bytes) -> list[bytes]:
     """What every rank gave, in rank order, on every rank."""
-    if world() == 1:
-        return [data]
-    with peers():
-        sizes = torch.zeros(world(), dtype=torch.int64)
-        sizes[rank()] = len(data)
-        td.all_reduce(sizes, group=_host_group)
-        longest = max(1, int(sizes.max()))
-        mine = torch.zeros(longest, dtype=torch.uint8)
-        mine[: len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else mine[:0]
-        parts = [torch.empty(longest, dtype=torch.uint8) for _ in range(world())]
-        td.all_gather(parts, mine, group=_host_group)
-    return [part[: int(size)].numpy().tobytes() for part, size in zip(parts, sizes, strict=True)]
+    return channel().gather_bytes(data)
 
 
 def gather(tree: Any) -> list[Any]:
     """The JSON value that every rank gave, in rank order, on every rank."""
-    return [json.loads(part) for part in gather_bytes(json.dumps(tree).encode())]
+    return channel().gather(tree)
 
 
 def gather_rows(rows: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
@@ -195,12 +184,60 @@ def raise_together(error: Exception | None, what: str) -> None:
 
     A rank that failed raises its own error, the others one of the same exit code that names the failed rank.
     """
-    mine = None if error is None else [type(error).__name__, str(error), getattr(error, "exit_code", 70)]
-    outcomes = gather(mine)
-    if error is not None:
-        raise error
-    for number, outcome in enumerate(outcomes):
-        if outcome is not None:
-            shared = ScaletrainError(f"{what} failed on rank {number}: {outcome[0]}: {outcome[1]}")
-            shared.exit_code = outcome[2]
-            raise shared
+    channel().raise_together(error, what)
+
+
+@dataclass(frozen=True, slots=True)
+class Channel:
+    """All ranks over one group. What a thread says to the others' threads needs a group, and a limit, of its own."""
+
+    group: td.ProcessGroup | None
+
+    @property
+    def rank(self) -> int:
+        return rank()
+
+    @property
+    def world(self) -> int:
+        return world()
+
+    def gather_bytes(self, data: bytes) -> list[bytes]:
+        if world() == 1:
+            return [data]
+        with peers():
+            sizes = torch.zeros(world(), dtype=torch.int64)
+            sizes[rank()] = len(data)
+            td.all_reduce(sizes, group=self.group)
+            longest = max(1, int(sizes.max()))
+            mine = torch.zeros(longest, dtype=torch.uint8)
+            mine[: len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else mine[:0]
+            parts = [torch.empty(longest, dtype=torch.uint8) for _ in range(world())]
+            td.all_gather(parts, mine, group=self.group)
+        return [part[: int(size)].numpy().tobytes() for part, size in zip(parts, sizes, strict=True)]
+
+    def gather(self, tree: Any) -> list[Any]:
+        return [json.loads(part) for part in self.gather_bytes(json.dumps(tree).encode())]
+
+    def raise_together(self, error: Exception | None, what: str) -> None:
+        mine = None if error is None else [type(error).__name__, str(error), getattr(error, "exit_code", 70)]
+        outcomes = self.gather(mine)
+        if error is not None:
+            raise error
+        for number, outcome in enumerate(outcomes):
+            if outcome is not None:
+                shared = ScaletrainError(f"{what} failed on rank {number}: {outcome[0]}: {outcome[1]}")
+                shared.exit_code = outcome[2]
+                raise shared
+
+
+def channel() -> Channel:
+    """The ranks over the group that everything here uses."""
+    return Channel(_host_group)
+
+
+def open_channel(timeout_s: float) -> Channel:
+    """The ranks over a gloo group of its own, on which they wait at most so long for each other. Collective."""
+    if world() == 1:
+        return Channel(None)
+    with peers():
+        return Channel(td.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s)))

@@ -1,23 +1,16 @@
-"""What a checkpoint says of itself, and how its files are made durable and checked."""
+"""What a checkpoint says of itself, and when one is written."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import Field
 from torch import Tensor
 
-from scaletrain import durable
+from scaletrain.commit import Found
 from scaletrain.engine import Shard
-
-FORMAT = "scaletrain-checkpoint"
-VERSION = 1
-MANIFEST = "MANIFEST.json"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -28,6 +21,16 @@ class CheckpointConfig:
     """Steps between checkpoints; the last step always writes one."""
     keep: Annotated[int, Field(ge=1)] = 2
     """How many of the newest are kept."""
+    keep_every_steps: Annotated[int, Field(ge=0)] = 0
+    """Checkpoints of steps that are a multiple of it are kept whatever their age. 0: none are."""
+    asynchronous: bool = True
+    """Train on while a copy of the state in host memory is written; false: wait until it is on the disk."""
+    save_s: Annotated[float, Field(gt=0)] = 7200.0
+    """Longest time that ranks wait for each other in a save, in seconds. It does not limit the training's own collectives."""
+    failures: Annotated[int, Field(ge=1)] = 3
+    """Saves in a row that may fail for want of space or by a failing disk before the run stops."""
+    max_file_bytes: Annotated[int, Field(ge=1)] = 2**32
+    """Most bytes of tensors in one file: a rank writes several, and cuts a parameter that is larger."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,11 +50,8 @@ class Progress:
 
 
 @dataclass(frozen=True, slots=True)
-class Checkpoint:
+class Checkpoint(Found):
     """A checkpoint whose manifest was read. Its files are not verified yet."""
-
-    folder: Path
-    manifest: Mapping[str, Any]
 
     @property
     def progress(self) -> Progress:
@@ -62,32 +62,3 @@ def parts(shard: Shard) -> Iterator[tuple[str, Tensor]]:
     """What is kept of a parameter's piece, by the name under which it is filed."""
     yield "weight", shard.weight
     yield from shard.moments.items()
-
-
-def read(folder: Path) -> dict[str, Any] | None:
-    """The manifest of one checkpoint; None where it is missing, damaged, or of another format."""
-    try:
-        manifest = json.loads((folder / MANIFEST).read_bytes())
-    except (OSError, ValueError):
-        return None
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT or manifest.get("version") != VERSION:
-        return None
-    if manifest.pop("sha256", None) != _own_digest(manifest):
-        return None
-    inside = all(Path(entry["name"]).name == entry["name"] for entry in manifest["files"])
-    return manifest if inside else None
-
-
-def write(folder: Path, manifest: Mapping[str, Any]) -> None:
-    """Writes it durably, with a digest of its own: a flipped bit in a step number would otherwise go unnoticed."""
-    durable.write(folder / MANIFEST, json.dumps({**manifest, "sha256": _own_digest(manifest)}, indent=1).encode())
-
-
-def _own_digest(manifest: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
-
-
-def file_digest(path: Path) -> str:
-    """SHA-256 of a file's bytes."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

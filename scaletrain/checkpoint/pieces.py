@@ -1,20 +1,36 @@
-"""Pieces of flattened parameters in files, one file per rank: any range can be read back, whoever wrote it."""
+"""Pieces of flattened parameters in files, some files per rank: any range can be read back, whoever wrote it."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+import struct
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
-from safetensors.torch import save_file
+import numpy as np
+import numpy.typing as npt
+import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from scaletrain import dist, durable
-from scaletrain.checkpoint.manifest import file_digest
+from scaletrain import dist
+from scaletrain.commit import File
 from scaletrain.errors import CheckpointError
+
+_DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,33 +45,94 @@ class Piece:
     """Flat fp32; empty on a rank that holds none of it."""
 
 
-def write_file(folder: Path, parts: Iterable[tuple[str, str, Piece]], whole: Mapping[str, Tensor]) -> dict[str, Any]:
-    """This rank's file of (part, name, piece), and of tensors that are kept ``whole``; returns its entry of the manifest.
+@dataclass(slots=True)
+class _Planned:
+    """One file before it is written."""
 
-    All parts of one name lie at the same place.
+    tensors: list[tuple[str, Tensor]] = field(default_factory=list)
+    places: dict[str, tuple[int, int]] = field(default_factory=dict)
+    size: int = 0
+
+    def add(self, key: str, value: Tensor) -> None:
+        self.tensors.append((key, value))
+        self.size += value.nbytes
+
+
+def files(parts: Iterable[tuple[str, str, Piece]], whole: Mapping[str, Tensor], max_bytes: int = 2**32) -> list[File]:
+    """This rank's files of (part, name, piece), and of tensors that are kept ``whole``.
+
+    All parts of one name lie at the same place. A file holds at most ``max_bytes`` of tensors, where that is more than one element
+    of every part of a name; a name that has more is cut by ranges. The tensors are read when the files are written, one at a time.
     """
-    file = folder / f"state-{dist.rank():05d}-of-{dist.world():05d}.safetensors"
-    tensors = {name: value.detach().to("cpu", copy=True) for name, value in whole.items()}
-    places: dict[str, tuple[int, int]] = {}
+    planned = [_Planned()]
+    for name, value in sorted(whole.items(), key=lambda item: -item[1].element_size()):  # so that all of them are aligned
+        planned[0].add(name, value)
+    for name, pieces in _by_name(parts).items():
+        start, length = next((piece.start, piece.values.numel()) for piece in pieces.values())
+        per_element = sum(piece.values.element_size() for piece in pieces.values())
+        done = 0
+        while done < length:
+            room = (max_bytes - planned[-1].size) // per_element
+            if planned[-1].size and room < length - done and room * per_element < max_bytes // 2:
+                planned.append(_Planned())
+                continue
+            count = min(length - done, max(1, room))
+            if name in planned[-1].places:
+                planned.append(_Planned())
+                continue
+            planned[-1].places[name] = (start + done, count)
+            for part, piece in pieces.items():
+                planned[-1].add(f"{part}/{name}", piece.values[done : done + count])
+            done += count
+    return [_file(number, each) for number, each in enumerate(planned)]
+
+
+def _by_name(parts: Iterable[tuple[str, str, Piece]]) -> dict[str, dict[str, Piece]]:
+    found: dict[str, dict[str, Piece]] = {}
     for part, name, piece in parts:
         if piece.values.numel():
-            places[name] = (piece.start, piece.values.numel())
-            tensors[f"{part}/{name}"] = piece.values.detach().to("cpu", copy=True)
-    save_file(tensors, file, metadata={"pieces": json.dumps(places)})
-    durable.sync(file)
-    return {"name": file.name, "bytes": file.stat().st_size, "sha256": file_digest(file)}
+            found.setdefault(name, {})[part] = piece
+    return found
+
+
+def _file(number: int, planned: _Planned) -> File:
+    """As safetensors defines it: the header's length, the header, and the tensors one after the other."""
+    header: dict[str, Any] = {"__metadata__": {"pieces": json.dumps(planned.places)}}
+    offset = 0
+    for key, value in planned.tensors:
+        header[key] = {"dtype": _DTYPES[value.dtype], "shape": list(value.shape), "data_offsets": [offset, offset + value.nbytes]}
+        offset += value.nbytes
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    rank = f"state-{dist.rank():05d}-of-{dist.world():05d}"
+    name = f"{rank}.safetensors" if number == 0 else f"{rank}-{number:05d}.safetensors"
+
+    def parts() -> Iterator[Any]:
+        yield struct.pack("<Q", len(text)) + text
+        for _, value in planned.tensors:
+            yield _bytes(value)
+
+    return File(name, 8 + len(text) + offset, parts())
+
+
+def _bytes(value: Tensor) -> npt.NDArray[np.uint8]:
+    array: npt.NDArray[np.uint8] = value.detach().to("cpu").contiguous().flatten().view(torch.uint8).numpy()
+    return array
 
 
 class Pieces:
-    """The pieces in all files that a manifest lists, read by range."""
+    """The pieces in all files that a manifest lists, read by range. Raises CheckpointError for a file that is none."""
 
     def __init__(self, folder: Path, manifest: Mapping[str, Any]) -> None:
-        self._files = [safe_open(folder / entry["name"], framework="pt") for entry in manifest["files"]]
+        self._folder = folder
+        try:
+            self._files = [safe_open(folder / entry["name"], framework="pt") for entry in manifest["files"]]
+        except SafetensorError as failure:
+            raise CheckpointError(str(folder), str(failure), "its files are safetensors", "Use another checkpoint.") from failure
         self._index: dict[str, list[tuple[int, int, int]]] = {}
         for number, file in enumerate(self._files):
             for name, (start, length) in json.loads(file.metadata()["pieces"]).items():
                 self._index.setdefault(name, []).append((start, length, number))
-        self._folder = folder
 
     def __enter__(self) -> Pieces:
         return self
@@ -77,6 +154,6 @@ class Pieces:
             raise CheckpointError(f"{self._folder}: {part} of {name}", filled, rule, "Use another checkpoint.")
 
     def whole(self, name: str) -> Tensor:
-        """A tensor that is in one piece; rank 0 wrote them."""
+        """A tensor that is in one piece; they are in rank 0's first file."""
         value: Tensor = self._files[0].get_tensor(name)
         return value

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from scaletrain.checkpoint.finding import faults, phase, verified
-from scaletrain.checkpoint.manifest import Checkpoint, Progress, parts, read
+from scaletrain import commit, dist
+from scaletrain.checkpoint.manifest import Checkpoint, Progress, parts
 from scaletrain.checkpoint.pieces import Piece, Pieces
 from scaletrain.engine import Engine
 from scaletrain.errors import CheckpointError
@@ -23,7 +23,7 @@ def restore(checkpoint: Checkpoint, engine: Engine, identity: Mapping[str, str])
     """
     check_identity(checkpoint, identity)
     _check_shapes(checkpoint, engine)
-    phase(lambda: _fill(checkpoint, engine), f"reading {checkpoint.folder}")
+    commit.phase(dist.channel(), lambda: _fill(checkpoint, engine), f"reading {checkpoint.folder}")
     engine.publish(int(checkpoint.manifest["updates"]))
     return checkpoint.progress
 
@@ -51,7 +51,7 @@ def weights(checkpoint: Checkpoint) -> dict[str, Tensor]:
 
     Every process that calls it reads all files for itself. Raises CheckpointError where one is missing or damaged.
     """
-    _check_whole(checkpoint.folder, faults(checkpoint.folder, checkpoint.manifest["files"]))
+    _check_whole(checkpoint.folder, commit.verify(checkpoint.folder, commit.Alone()).fault)
     found: dict[str, Tensor] = {}
     with Pieces(checkpoint.folder, checkpoint.manifest) as pieces:
         for name, facts in checkpoint.manifest["parameters"].items():
@@ -69,7 +69,7 @@ def state_shapes(folder: Path, part: str) -> dict[str, tuple[int, ...]]:
     """
     if not (folder / part).exists():
         return {}
-    manifest = read(folder / part)
+    manifest = commit.read(folder / part)
     _check_whole(folder / part, "" if manifest else "the manifest cannot be read")
     assert manifest is not None
     return {name: tuple(facts["shape"]) for name, facts in manifest["parameters"].items()}
@@ -81,17 +81,18 @@ def read_state(folder: Path, part: str, pieces: Mapping[str, Piece]) -> None:
     Ranks may ask for different names. All ranks raise, a rank that is at fault CheckpointError, before anything is filled, where
     a file is missing or damaged or a name or shape is asked for that was not written (`state_shapes` says which were).
     """
-    manifest, fault = verified(folder / part)
-    _check_whole(folder / part, fault)
-    assert manifest is not None, "verified finds fault with a missing manifest"
-    phase(lambda: _check_written(folder / part, manifest, pieces), f"looking for {part}")
+    verdict = commit.verify(folder / part, dist.channel())
+    _check_whole(folder / part, verdict.fault)
+    manifest = verdict.manifest
+    assert manifest is not None, "a missing manifest is a fault"
+    commit.phase(dist.channel(), lambda: _check_written(folder / part, manifest, pieces), f"looking for {part}")
 
     def fill() -> None:
         with Pieces(folder / part, manifest) as found:
             for name, piece in pieces.items():
                 found.read(part, name, piece.start, piece.values)
 
-    phase(fill, f"reading {folder / part}")
+    commit.phase(dist.channel(), fill, f"reading {folder / part}")
 
 
 def _check_whole(folder: Path, fault: str) -> None:

@@ -1,52 +1,99 @@
-"""Saving: two phases, after each of which every rank knows how the others fared."""
+"""Saving: what of the tensors goes to which file, and what the manifest says of it. How it is committed is `commit`'s."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from scaletrain import dist, durable
-from scaletrain.checkpoint.finding import find, phase, sizes_fit, whole
-from scaletrain.checkpoint.manifest import FORMAT, VERSION, Progress, parts, write
-from scaletrain.checkpoint.pieces import Piece, write_file
+from scaletrain import commit, dist
+from scaletrain.checkpoint.manifest import Progress, parts
+from scaletrain.checkpoint.pieces import Piece, files
+from scaletrain.commit import FORMAT, VERSION, Entry, Hook, Peers, Retention
+from scaletrain.commit.boundary import passed
 from scaletrain.engine import Engine
 
-Files = list[dict[str, Any]]
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """What is written of an engine: its tensors, live or copied, and what the manifest says of them."""
+
+    pieces: list[tuple[str, str, Piece]]
+    buffers: Mapping[str, Tensor]
+    """On rank 0; the ranks hold the same."""
+    described: Mapping[str, Any]
 
 
-def save(folder: Path, engine: Engine, progress: Progress, keep: int, protected: Collection[int] = ()) -> Path:
+def save(
+    folder: Path,
+    engine: Engine,
+    progress: Progress,
+    keep: int,
+    protected: Collection[int] = (),
+    *,
+    max_file_bytes: int = 2**32,
+    at: Hook = passed,
+    check: Callable[[], None] | None = None,
+) -> Path:
     """Writes the checkpoint of ``progress.step`` under ``folder`` and drops old ones beyond ``keep``. Collective.
 
-    Those of the steps ``protected`` (the best so far) are kept whatever their age.
+    Those of the steps ``protected`` (the best so far) are kept whatever their age. ``check`` is called on rank 0 before the
+    checkpoint is published, and raises where it may not be.
     Raises StorageError on every rank where any rank could not write; older checkpoints are untouched then.
     """
-    final = folder / f"step-{progress.step:08d}"
-    if whole(final):
-        return final  # resumed here, nothing happened since
-    dist.agree("the buffers of the model", _buffers_digest(engine))
-    buffers = {f"buffer/{name}": value for name, value in engine.buffers().items()} if dist.rank() == 0 else {}
-
-    def settle() -> None:
-        durable.write(folder / "latest", f"{final.name}\n".encode())
-        _retain(folder, keep, protected)
-
-    _commit(
-        final,
-        lambda partial: write_file(partial, _shards(engine), buffers),
-        lambda files: _manifest(engine, progress, files),
-        settle,
-    )
+    final = folder / name_of(progress.step)
+    if not whole(final):  # else resumed here, and nothing happened since
+        write(final, live(engine, progress), dist.channel(), Retention(keep, protected=protected), max_file_bytes, at, check)
     return final
 
 
-def write_state(folder: Path, part: str, pieces: Mapping[str, Piece]) -> Files:
+def name_of(step: int) -> str:
+    return f"step-{step:08d}"
+
+
+def whole(folder: Path) -> bool:
+    """Whether the checkpoint in ``folder`` verifies, on every rank. Collective."""
+    return not commit.verify(folder, dist.channel()).fault
+
+
+def live(engine: Engine, progress: Progress) -> State:
+    """The state as it stands: it changes with the next step. Raises where the ranks' buffers differ. Collective."""
+    dist.agree("the buffers of the model", _buffers_digest(engine))
+    pieces = [
+        (part, shard.name, Piece(shard.shape, shard.start, values)) for shard in engine.shards() for part, values in parts(shard)
+    ]
+    buffers = {f"buffer/{name}": value for name, value in engine.buffers().items()}
+    parameters = {s.name: {"shape": list(s.shape), "parts": [part for part, _ in parts(s)]} for s in engine.shards()}
+    described = {
+        **_described(parameters),
+        "progress": asdict(progress),
+        "updates": engine.updates,
+        "buffers": {name: list(value.shape) for name, value in engine.buffers().items()},
+    }
+    return State(pieces, buffers if dist.rank() == 0 else {}, described)
+
+
+def write(
+    final: Path,
+    state: State,
+    peers: Peers,
+    retention: Retention,
+    max_file_bytes: int,
+    at: Hook = passed,
+    check: Callable[[], None] | None = None,
+) -> None:
+    """Commits ``state`` to the folder ``final``. Collective over ``peers``."""
+    own = files(state.pieces, state.buffers, max_file_bytes)
+    commit.commit(final, peers, own, lambda entries: {**state.described, "files": entries}, retention, at, check)
+
+
+def write_state(folder: Path, part: str, pieces: Mapping[str, Piece]) -> list[Entry]:
     """Writes further pieces, such as a Fisher diagonal, to ``folder/part`` as a checkpoint keeps its own. Collective.
 
     Every rank gives the same names and shapes in the same order. What stood there before is replaced. Returns the manifest's
@@ -54,43 +101,14 @@ def write_state(folder: Path, part: str, pieces: Mapping[str, Piece]) -> Files:
     """
     shapes = {name: list(piece.shape) for name, piece in pieces.items()}
     dist.agree(f"the names and shapes of {part}", hashlib.sha256(json.dumps(shapes).encode()).hexdigest())
-    return _commit(
-        folder / part,
-        lambda partial: write_file(partial, ((part, name, piece) for name, piece in pieces.items()), {}),
-        lambda files: _described({name: {"shape": shape, "parts": [part]} for name, shape in shapes.items()}, files),
-    )
+    own = files(_of_part(part, pieces), {})
+    described = _described({name: {"shape": shape, "parts": [part]} for name, shape in shapes.items()})
+    return commit.commit(folder / part, dist.channel(), own, lambda entries: {**described, "files": entries})
 
 
-def _commit(
-    final: Path,
-    write_pieces: Callable[[Path], dict[str, Any]],
-    manifest: Callable[[Files], dict[str, Any]],
-    settle: Callable[[], None] | None = None,
-) -> Files:
-    """Every rank's file beside its place, then rank 0's manifest and rename. Returns the entries of all files."""
-    partial = final.with_name(f".{final.name}.partial")
-    phase(lambda: _clear(partial) if dist.rank() == 0 else None, f"making room for {final}")
-    files: Files = dist.gather(phase(lambda: write_pieces(partial), f"writing {final}"))
-
-    def publish() -> None:
-        if dist.rank() == 0:
-            write(partial, manifest(files))
-            durable.sync(partial)
-            if final.exists():
-                _discard(final)  # a damaged one, or that of an earlier attempt: the run came by here again
-            partial.rename(final)
-            durable.sync(final.parent)
-            if settle:
-                settle()
-
-    phase(publish, f"publishing {final}")
-    return files
-
-
-def _shards(engine: Engine) -> Iterator[tuple[str, str, Piece]]:
-    for shard in engine.shards():
-        for part, values in parts(shard):
-            yield part, shard.name, Piece(shard.shape, shard.start, values)
+def _of_part(part: str, pieces: Mapping[str, Piece]) -> Iterator[tuple[str, str, Piece]]:
+    for name, piece in pieces.items():
+        yield part, name, piece
 
 
 def _buffers_digest(engine: Engine) -> str:
@@ -100,46 +118,12 @@ def _buffers_digest(engine: Engine) -> str:
     return digest.hexdigest()
 
 
-def _manifest(engine: Engine, progress: Progress, files: Files) -> dict[str, Any]:
-    parameters = {s.name: {"shape": list(s.shape), "parts": [part for part, _ in parts(s)]} for s in engine.shards()}
-    return {
-        **_described(parameters, files),
-        "progress": asdict(progress),
-        "updates": engine.updates,
-        "buffers": {name: list(value.shape) for name, value in engine.buffers().items()},
-    }
-
-
-def _described(parameters: Mapping[str, Any], files: Files) -> dict[str, Any]:
-    """What the manifest says of any files of pieces."""
+def _described(parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """What the manifest says of any pieces; the files are added when they are written."""
     return {
         "format": FORMAT,
         "version": VERSION,
         "world_size": dist.world(),
         "parameters": parameters,
-        "files": files,
         "libraries": {"torch": torch.__version__},
     }
-
-
-def _clear(partial: Path) -> None:
-    """Sweeps what killed saves of the same kind left behind, and makes the folder for this one."""
-    partial.parent.mkdir(parents=True, exist_ok=True)
-    kind = partial.name.removesuffix(".partial").partition("-")[0]  # all of ".step-00000400", ".step-00000800", ...
-    for left in [*partial.parent.glob(f"{kind}*.partial"), *partial.parent.glob(f"{kind}*.trash")]:
-        shutil.rmtree(left)
-    partial.mkdir()
-
-
-def _retain(folder: Path, keep: int, protected: Collection[int]) -> None:
-    """Drops all but the ``keep`` newest and those protected. One with files missing or cut counts for nothing."""
-    for old in [checkpoint for checkpoint in find(folder) if sizes_fit(checkpoint)][keep:]:
-        if old.progress.step not in protected:
-            _discard(old.folder)
-
-
-def _discard(checkpoint: Path) -> None:
-    # Renamed first: a kill in the middle of unlinking leaves no checkpoint that looks whole.
-    trash = checkpoint.with_name(f".{checkpoint.name}.trash")
-    checkpoint.rename(trash)
-    shutil.rmtree(trash)
