@@ -229,6 +229,11 @@ class Channel:
                 shared.exit_code = outcome[2]
                 raise shared
 
+    def close(self) -> None:
+        """Leaves a group that `open_channel` made."""
+        if self.group is not None:
+            td.destroy_process_group(self.group)
+
 
 def channel() -> Channel:
     """The ranks over the group that everything here uses."""

@@ -61,29 +61,23 @@ class _Planned:
 def files(parts: Iterable[tuple[str, str, Piece]], whole: Mapping[str, Tensor], max_bytes: int = 2**32) -> list[File]:
     """This rank's files of (part, name, piece), and of tensors that are kept ``whole``.
 
-    All parts of one name lie at the same place. A file holds at most ``max_bytes`` of tensors, where that is more than one element
-    of every part of a name; a name that has more is cut by ranges. The tensors are read when the files are written, one at a time.
+    All parts of one name lie at the same place. A file holds at most ``max_bytes`` of pieces; a name that has more is cut by
+    ranges, of one element at least. The tensors are read when the files are written, one at a time.
     """
     planned = [_Planned()]
     for name, value in sorted(whole.items(), key=lambda item: -item[1].element_size()):  # so that all of them are aligned
         planned[0].add(name, value)
     for name, pieces in _by_name(parts).items():
         start, length = next((piece.start, piece.values.numel()) for piece in pieces.values())
-        per_element = sum(piece.values.element_size() for piece in pieces.values())
-        done = 0
-        while done < length:
-            room = (max_bytes - planned[-1].size) // per_element
-            if planned[-1].size and room < length - done and room * per_element < max_bytes // 2:
+        bytes_per_element = sum(piece.values.element_size() for piece in pieces.values())
+        most = max(1, max_bytes // bytes_per_element)
+        for first in range(0, length, most):
+            count = min(most, length - first)
+            if planned[-1].size and planned[-1].size + count * bytes_per_element > max_bytes:
                 planned.append(_Planned())
-                continue
-            count = min(length - done, max(1, room))
-            if name in planned[-1].places:
-                planned.append(_Planned())
-                continue
-            planned[-1].places[name] = (start + done, count)
+            planned[-1].places[name] = (start + first, count)
             for part, piece in pieces.items():
-                planned[-1].add(f"{part}/{name}", piece.values[done : done + count])
-            done += count
+                planned[-1].add(f"{part}/{name}", piece.values[first : first + count])
     return [_file(number, each) for number, each in enumerate(planned)]
 
 

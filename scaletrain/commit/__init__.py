@@ -14,7 +14,7 @@
 Phase one is every rank's files, phase two is rank 0's manifest and rename; no rank leaves a phase without knowing how the others
 fared. All of it is bytes and JSON: nothing here knows of tensors, or of how the ranks speak with each other (`Peers`).
 
-The moments between two changes of the disk are the members of `Boundary`, and the protocol calls a hook at each: tests kill there.
+The moments between two changes of the disk are the members of `Boundary`. The protocol calls a hook at each: tests kill there.
 """
 
 from scaletrain.commit.boundary import Boundary, Hook

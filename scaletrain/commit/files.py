@@ -30,7 +30,7 @@ class File:
 
 
 def write_file(folder: Path, file: File, at: Hook = passed) -> Entry:
-    """Writes and syncs ``file``. Its digest is that of the bytes as they were handed to the system, never of what was read back."""
+    """Writes and syncs ``file``. Its digest is that of the bytes handed to the system, never of what was read back."""
     digest, written, half = hashlib.sha256(), 0, file.size // 2
     with open(folder / file.name, "xb", buffering=0) as stream:
         at(Boundary.FILE_OPENED)

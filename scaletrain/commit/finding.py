@@ -7,6 +7,7 @@ import re
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -91,9 +92,9 @@ def newest(folder: Path, peers: Peers, *, aside: bool = False) -> Found | None:
         verdict = verdicts[name] = verify(folder / name, peers)
         if not verdict.fault:
             assert verdict.manifest is not None
-            if aside:
-                damaged = [name for name, before in verdicts.items() if before.fault and not before.unseen]
-                phase(peers, lambda: _put_all_aside(folder, damaged if peers.rank == 0 else []), f"tidying {folder}")
+            damaged = [name for name, before in verdicts.items() if before.fault and not before.unseen]
+            if aside and damaged:
+                phase(peers, partial(_put_all_aside, folder, damaged if peers.rank == 0 else []), f"tidying {folder}")
             return Found(folder / name, verdict.manifest)
         if peers.rank == 0:
             state = "is not the same for all ranks" if verdict.unseen else "is damaged"

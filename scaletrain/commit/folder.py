@@ -46,8 +46,8 @@ def commit(
     """Writes every rank's ``files`` to the folder ``final``, and rank 0's ``manifest`` of them. Collective.
 
     What stood at ``final`` before is replaced. ``retention`` is for a folder among others that are called by their step: the
-    pointer is set to it, older ones go, and what it replaces is kept aside, for it was damaged. ``check`` is called on rank 0 before anything is published, and raises where it may
-    not be. Returns the entries of all files, alike on every rank.
+    pointer is set to it, older ones go, and what it replaces was damaged and is kept aside. ``check`` is called on rank 0 before
+    anything is published, and raises where it may not be. Returns the entries of all files, alike on every rank.
 
     Raises StorageError on every rank where any rank could not write; what was written is then removed, and what there was before
     untouched.
