@@ -11,7 +11,7 @@ import torch
 from pydantic import Field
 
 from scaletrain import checkpoint, dist, engine, model
-from scaletrain.checkpoint import Checkpoint, CheckpointConfig, Progress
+from scaletrain.checkpoint import Checkpoint, CheckpointConfig, Progress, Saver
 from scaletrain.config import dump
 from scaletrain.data.plan import Cursor
 from scaletrain.data.slots import Dealing
@@ -83,12 +83,12 @@ def main(config: PretrainConfig, *, fresh: bool = False) -> None:
     with Session(config.output, config.device) as session, StopRequest() as stop:
         for name in ("checkpoints", "metrics.jsonl", "tensorboard") if fresh else ():
             checkpoint.set_aside(config.output / name)
-        last = checkpoint.newest(config.output / "checkpoints")
+        last = checkpoint.newest(config.output / "checkpoints", aside=True)
         session.step = last.progress.step if last else 0
         run = Run(config, session.device, last)
         if run.start == 0:
             run.evaluate(0)
-        with run.corpora.loader(run.task) as loader:
+        with run.saver, run.corpora.loader(run.task) as loader:
             batches = loader.batches(run.start, config.steps)
             for record in train(run.engine, run.task, batches, run.learning_rate, config.clip_norm, stop, run.meter):
                 session.step = record.step
@@ -98,6 +98,7 @@ def main(config: PretrainConfig, *, fresh: bool = False) -> None:
                     run.evaluate(record.step)
                 if due(record.step, config.checkpoint.every_steps) or at_end or stop.agreed:
                     run.save(record.step)
+            run.saver.settle()
         run.writers.close()
         if stop.agreed and session.step < config.steps:
             raise RequeueError(f"stopped on request after step {session.step} of {config.steps}; the same command continues it")
@@ -143,6 +144,7 @@ class Run:
             facts["peak"] = peak.assumption
         self.writers.event(self.start, "start", **facts)
         self._total_samples = plan.samples_before(config.steps)
+        self.saver = Saver(config.output / "checkpoints", self.engine, config.checkpoint, self._not_saved)
 
     def learning_rate(self, step: int) -> float:
         samples = self.corpora.plan.samples_before(step) + 1  # the step's first sample: no step has the rate 0 of the run's end
@@ -160,9 +162,11 @@ class Run:
     def save(self, step: int) -> None:
         self.writers.flush()  # what a checkpoint stands for must not be lost after it
         cursor = self.corpora.plan.cursor(step)._asdict()
-        progress = Progress(step, cursor, self._identity, self._fixed)
-        checkpoint.save(self._config.output / "checkpoints", self.engine, progress, self._config.checkpoint.keep)
-        self.writers.event(step, "checkpoint")
+        if self.saver.save(Progress(step, cursor, self._identity, self._fixed)):
+            self.writers.event(step, "checkpoint")
+
+    def _not_saved(self, step: int, why: str) -> None:
+        self.writers.event(step, "save failed", error=why)
 
 
 def _identity(config: PretrainConfig, network: MaskedLanguageModel, corpora: Corpora) -> dict[str, str]:

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from scaletrain import checkpoint, dist, model
-from scaletrain.checkpoint import Checkpoint, CheckpointConfig, Progress
+from scaletrain.checkpoint import Checkpoint, CheckpointConfig, Progress, Saver
 from scaletrain.continual.method import Active
 from scaletrain.data.examples import Examples
 from scaletrain.data.plan import CorpusShape, Cursor, PhaseShape, Plan
@@ -117,7 +117,7 @@ class Stage:
             "model": model.identity(student.classifier),
             "data": self._plan.digest,
         }
-        self._last = checkpoint.newest(folder / "checkpoints")
+        self._last = checkpoint.newest(folder / "checkpoints", aside=True)
         if self._last is not None:
             self._check_continues(self._last)
 
@@ -139,7 +139,13 @@ class Stage:
         writers = self._writers(start)
         total = self._plan.samples_before(self.steps)
         meter = Meter(self.steps, lambda: peak_memory_bytes(self._student.engine.device.type))
-        with self._student.loader(self._dealt, task) as loader:
+        saver = Saver(
+            self._folder / "checkpoints",
+            self._student.engine,
+            self._config.checkpoint,
+            lambda step, why: writers.event(step, "save failed", error=why),
+        )
+        with saver, self._student.loader(self._dealt, task) as loader:
             batches = loader.batches(start, start if selection.exhausted else self.steps)
             for record in train(
                 self._student.engine,
@@ -157,9 +163,10 @@ class Stage:
                 best = self._evaluate(record.step, selection, writers) if due(record.step, self._every) or at_end else False
                 over = at_end or selection.exhausted or stop.agreed
                 if over or best or due(record.step, self._config.checkpoint.every_steps):
-                    self._save(record.step, selection, writers)
+                    self._save(record.step, selection, saver, writers)
                 if selection.exhausted:
                     break
+            saver.settle()
         writers.close()
         if stop.agreed and not selection.exhausted and session.step < self.steps:
             raise RequeueError(f"stopped on request after step {session.step} of {self.steps}; the same command continues it")
@@ -196,7 +203,7 @@ class Stage:
         writers.evaluation(step, scores)
         return selection.offer(step, scores)
 
-    def _save(self, step: int, selection: Selection, writers: Writers) -> None:
+    def _save(self, step: int, selection: Selection, saver: Saver, writers: Writers) -> None:
         writers.flush()
         progress = Progress(
             step,
@@ -206,9 +213,9 @@ class Stage:
             state={"selection": selection.state()},
         )
         best = [selection.best_step] if selection.best_step is not None and self._config.selection.keep == "best" else []
-        keep = self._config.checkpoint.keep
-        checkpoint.save(self._folder / "checkpoints", self._student.engine, progress, keep, protected=best)
-        writers.event(step, "checkpoint")
+        # Without the best, the stage could not end: it stops now, and goes on from the checkpoint before.
+        if saver.save(progress, protected=best, required=best == [step]):
+            writers.event(step, "checkpoint")
 
     def _keep(self, selection: Selection, step: int) -> Kept:
         """Goes back to the best weights, where they are what is to be kept."""

@@ -22,7 +22,8 @@ IDENTITY = {"model": "toy"}
 BASE, SAVED, LAST = 4, 6, 26
 """Steps: of the newest checkpoint before the save, of the save that is cut short, and of the end."""
 
-ROWS = [(boundary, rank) for rank in (0, 1) for boundary in Boundary if rank == 0 or boundary.on_all]
+KILLS = {0: list(Boundary), 1: [boundary for boundary in Boundary if boundary.on_all]}
+"""Where each rank is killed."""
 
 
 def progress(step: int) -> Progress:
@@ -86,14 +87,15 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str,
     return folder / "base", ranks.run(uninterrupted, 2, {"folder": str(folder)})
 
 
-@pytest.mark.parametrize("asynchronous", [False, True], ids=["waiting", "beside the training"])
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(("asynchronous", "rank"), [(False, 0), (False, 1), (True, 0)])
 def test_killed_at_every_boundary_and_resumed_equals_uninterrupted_to_the_bit(
-    base: tuple[Path, list[dict[str, Any]]], tmp_path: Path, asynchronous: bool, fault: Add
+    base: tuple[Path, list[dict[str, Any]]], tmp_path: Path, asynchronous: bool, rank: int, fault: Add
 ) -> None:
     """One pair of ranks resumes after a kill, trains 20 steps and more, and meets the next one."""
     template, whole = base
     before: Path | None = None
-    for boundary, rank in [*ROWS, (None, 0)]:
+    for boundary in [*KILLS[rank], None]:
         folder = None if boundary is None else tmp_path / f"{boundary.name}-{rank}"
         if folder is not None:
             shutil.copytree(template, folder)
@@ -111,9 +113,9 @@ def test_killed_at_every_boundary_and_resumed_equals_uninterrupted_to_the_bit(
             check(before, report, whole)
             shutil.rmtree(before)
         before = folder
-    how = "beside the training" if asynchronous else "while all wait"
-    injected = f"SIGKILL at each boundary of a save {how}"
-    fault(fault="F1", injected=injected, times=len(ROWS), outcome="exact", lost_steps=SAVED - BASE)
+    how = "beside the training" if asynchronous else "that all wait for"
+    injected = f"SIGKILL of rank {rank} at each boundary of a save {how}"
+    fault(fault="F1", injected=injected, times=len(KILLS[rank]), outcome="exact", lost_steps=SAVED - BASE)
 
 
 def check(folder: Path, report: Path, whole: list[dict[str, Any]]) -> None:
@@ -139,7 +141,7 @@ def test_a_save_with_retention_passes_every_boundary_once_and_in_order(
     passed = ranks.run(boundaries_passed, 2, {"folder": str(folder)})
     assert passed[0] == [boundary.name for boundary in Boundary]
     assert passed[1] == [boundary.name for boundary in Boundary if boundary.on_all]
-    assert {boundary for boundary, rank in ROWS if rank == 0} == set(Boundary)
+    assert [set(KILLS[rank]) for rank in (0, 1)] == [set(Boundary), {boundary for boundary in Boundary if boundary.on_all}]
 
 
 def boundaries_passed(folder: str) -> list[str]:
