@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, Literal, NoReturn, get_args, get_origin
 
 import scaletrain
-from scaletrain import config
+from scaletrain import config, heartbeat
 from scaletrain.errors import ConfigError, ScaletrainError
 
 
@@ -155,6 +155,7 @@ def _run(argv: Sequence[str]) -> int:
         print(settings_text(_recipe(verb).Config))
         return 0
     options = parser.parse_intermixed_args(argv[1:])
+    heartbeat.begin()
     recipe = _recipe(verb)
     settings = config.load(recipe.Config, options.config, _overrides(verb, options))
     result = recipe.main(settings, **{permission: getattr(options, permission) for permission in verb.permissions})

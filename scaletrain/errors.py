@@ -10,7 +10,10 @@
     │   ├── ModelError                  a model folder or architecture that cannot be used
     │   ├── CheckpointError             a checkpoint: missing where one was asked for, or of another run
     │   ├── WorldSizeError              a number of ranks that the plan's slots do not fit
-    │   └── DeviceError                 a device that this machine does not have
+    │   ├── DeviceError                 a device that this machine does not have
+    │   └── OccupiedError               a folder that another job is writing into
+    │       └── LeaseLostError              this job was taken for dead, and another one has its folder
+    ├── DataBudgetError             66  more data is damaged than may be passed over
     ├── DivergedError               72  the loss or the gradient is not finite
     ├── StorageError                74  a disk that is full, read-only, or failing
     ├── RequeueError                75  stopped on request; the same command continues
@@ -72,6 +75,20 @@ class WorldSizeError(InputError):
 
 class DeviceError(InputError):
     """A device that was asked for and is not there."""
+
+
+class OccupiedError(InputError):
+    """A folder that another job is writing into."""
+
+
+class LeaseLostError(OccupiedError):
+    """This job was taken for dead while it was suspended, and another one has its folder: it must not publish anything."""
+
+
+class DataBudgetError(ScaletrainError):
+    """More data is damaged than may be passed over."""
+
+    exit_code: int = 66
 
 
 class DivergedError(ScaletrainError):

@@ -15,9 +15,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from scaletrain import dist, engine
-from scaletrain.engine import Engine, LocalConfig, OptimizerConfig, Shard, Zero3Config
+from scaletrain.engine import Engine, LocalConfig, OptimizerConfig, ReplicatedConfig, Shard, Zero3Config
 
 CPU = torch.device("cpu")
+ZERO = ["zero0", "zero1", "zero2", "zero3"]
+"""The engines of many ranks, by the names that a configuration gives them."""
 VOCABULARY, WIDTH, SLOTS = 50, 24, 4
 
 
@@ -65,31 +67,36 @@ def model() -> Toy:
     return Toy()
 
 
+def config(name: str, **settings: Any) -> LocalConfig | ReplicatedConfig | Zero3Config:
+    """Of the engine called ``name``, cut to the size of the toy: some parameters partitioned and some not, and a bucket that is
+    full amid the second head's backward pass, with the embedding left over."""
+    if name == "local":
+        return LocalConfig(**settings)
+    if name == "zero3":
+        return Zero3Config(**{"persistence_threshold": 60, **settings})
+    return ReplicatedConfig(**{"name": name, "bucket_elements": 1840, **settings})
+
+
 def make(name: str, precision: str = "fp32", *, frozen: bool = False, **settings: Any) -> Engine:
     """The engine called ``name`` around a new Toy; joins the ranks if they are not joined."""
     dist.start(CPU)
     toy = model()
     toy.hidden.requires_grad_(not frozen)
-    config = (
-        LocalConfig(precision=precision, **settings)
-        if name == "local"
-        else Zero3Config(precision=precision, persistence_threshold=60, **settings)
-    )
     decayed = [p for p in toy.parameters() if p.requires_grad and p.dim() > 1]
     plain = [p for p in toy.parameters() if p.requires_grad and p.dim() == 1]
     groups = [{"params": decayed, "weight_decay": 0.1}, {"params": plain, "weight_decay": 0.0}]
-    return engine.create(config, toy, groups, OptimizerConfig(learning_rate=1e-2), CPU)
+    return engine.create(config(name, precision=precision, **settings), toy, groups, OptimizerConfig(learning_rate=1e-2), CPU)
 
 
-def heads_by_slot(step: int) -> list[int]:
-    """Both heads in every step, in rounds that are alike for 1, 2 and 4 ranks, and one of them not in its first round."""
-    return [0] * SLOTS + [1] * SLOTS if step % 2 == 0 else [1] * SLOTS
+def heads_by_slot(step: int, slots: int = SLOTS) -> list[int]:
+    """Both heads in every other step, and one of them not in its first round; alike on all ranks where they divide ``slots``."""
+    return [0] * slots + [1] * slots if step % 2 == 0 else [1] * slots
 
 
-def steps(made: Engine, first: int, last: int, max_norm: float = 0.5) -> Iterator[tuple[float, float]]:
+def steps(made: Engine, first: int, last: int, max_norm: float = 0.5, slots: int = SLOTS) -> Iterator[tuple[float, float]]:
     """Takes steps [first, last): the loss and the gradient norm of each."""
     for step in range(first, last):
-        items = [slot(step, number, head) for number, head in enumerate(heads_by_slot(step))]
+        items = [slot(step, number, head) for number, head in enumerate(heads_by_slot(step, slots))]
         mine = items[dist.rank() :: dist.world()]
         totals = made.begin([item.signature for item in mine], {"count": sum(item.count for item in mine)})
         sums = torch.zeros(1, dtype=torch.float64)

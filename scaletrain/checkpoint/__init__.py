@@ -23,9 +23,9 @@ size is therefore arithmetic on ranges; nothing is converted and nothing is unpi
 from scaletrain.checkpoint.finding import find, newest, set_aside
 from scaletrain.checkpoint.manifest import Checkpoint, CheckpointConfig, Progress
 from scaletrain.checkpoint.pieces import Piece
-from scaletrain.checkpoint.reading import check_identity, read_state, restore, state_shapes, weights
+from scaletrain.checkpoint.reading import check_identity, differences, read_state, restore, state_shapes, weights
 from scaletrain.checkpoint.saver import Saver
-from scaletrain.checkpoint.writing import save, write_state
+from scaletrain.checkpoint.writing import go_back, save, write_state
 
 __all__ = [
     "Checkpoint",
@@ -34,7 +34,9 @@ __all__ = [
     "Progress",
     "Saver",
     "check_identity",
+    "differences",
     "find",
+    "go_back",
     "newest",
     "read_state",
     "restore",

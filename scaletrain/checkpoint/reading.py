@@ -29,12 +29,27 @@ def restore(checkpoint: Checkpoint, engine: Engine, identity: Mapping[str, str])
 
 
 def check_identity(checkpoint: Checkpoint, identity: Mapping[str, str]) -> None:
-    """Raises CheckpointError where the checkpoint is of a run with another ``identity``."""
-    for what, mine in identity.items():
-        theirs = checkpoint.progress.identity.get(what)
-        if theirs != mine:
-            rule = f"the checkpoint {checkpoint.folder} was written with {theirs!r}"
-            raise CheckpointError(what, mine, rule, "Use the settings of that run, another output folder, or --fresh.")
+    """Raises CheckpointError, which names all differences, where the checkpoint is of a run with another ``identity``."""
+    before, found = checkpoint.progress.identity, differences(checkpoint, identity)
+    if found:
+        first = next(iter(found))
+        rule = f"the checkpoint {checkpoint.folder} was written with {before.get(first)!r}"
+        remedy = "Use the settings of that run, another output folder, or --fresh."
+        error = CheckpointError(first, identity[first], rule, remedy)
+        for what in found:
+            if what != first:
+                error.add_note(found[what])
+        raise error
+
+
+def differences(checkpoint: Checkpoint, identity: Mapping[str, str]) -> dict[str, str]:
+    """What of ``identity`` is not as in the checkpoint's: its name, and a sentence with both values."""
+    before = checkpoint.progress.identity
+    return {
+        what: f"{what} differs too: it was {before.get(what)!r}, and is {mine!r}"
+        for what, mine in identity.items()
+        if before.get(what) != mine
+    }
 
 
 def _fill(checkpoint: Checkpoint, engine: Engine) -> None:

@@ -6,6 +6,7 @@ other ranks' threads over a group of its own: a save may take longer than the tr
 
 from __future__ import annotations
 
+import time
 import warnings
 from collections.abc import Callable, Collection
 from pathlib import Path
@@ -18,7 +19,7 @@ from scaletrain import dist
 from scaletrain.checkpoint import memory
 from scaletrain.checkpoint.manifest import CheckpointConfig, Progress, parts
 from scaletrain.checkpoint.pieces import Piece
-from scaletrain.checkpoint.writing import State, live, name_of, whole, write
+from scaletrain.checkpoint.writing import State, live, name_of, saved, write
 from scaletrain.commit import Hook, Retention
 from scaletrain.commit.boundary import passed
 from scaletrain.engine import Engine
@@ -53,6 +54,8 @@ class Saver:
         self._at, self._check = at, check
         self._flight: _Flight | None = None
         self._copy: torch.Tensor | None = None
+        self.longest_s = 0.0
+        """The longest that a save has taken so far, from the copy to the rename."""
         self._failures = 0
         self._failure: ScaletrainError | None = None
         if config.asynchronous:
@@ -79,8 +82,8 @@ class Saver:
         """
         self._collect()
         final = self._folder / name_of(progress.step)
-        if whole(final):
-            return True  # resumed here, and nothing happened since
+        if saved(final, progress):
+            return True
         state = live(self._engine, progress)
         if self._config.asynchronous:
             state = self._copied(state)
@@ -108,6 +111,7 @@ class Saver:
             return True
         flight, self._flight = self._flight, None
         flight.join()
+        self.longest_s = max(self.longest_s, flight.ended_s - flight.began_s)
         failure = flight.failure
         if failure is None:
             self._failures, self._failure = 0, None
@@ -154,12 +158,14 @@ class _Flight(Thread):
         super().__init__(name=f"save-{step}", daemon=True)
         self.step, self.required, self._work = step, required, work
         self.failure: BaseException | None = None
+        self.began_s = self.ended_s = time.monotonic()
 
     def run(self) -> None:
         try:
             self._work()
         except BaseException as failure:
             self.failure = failure
+        self.ended_s = time.monotonic()
 
     def join(self, timeout: float | None = None) -> None:
         if self.ident is not None:  # else it ran in place

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from scaletrain import commit, dist
-from scaletrain.checkpoint.manifest import Progress, parts
+from scaletrain.checkpoint.manifest import Checkpoint, Progress, parts
 from scaletrain.checkpoint.pieces import Piece, files
 from scaletrain.commit import FORMAT, VERSION, Entry, Hook, Peers, Retention
 from scaletrain.commit.boundary import passed
@@ -48,7 +48,7 @@ def save(
     Raises StorageError on every rank where any rank could not write; older checkpoints are untouched then.
     """
     final = folder / name_of(progress.step)
-    if not whole(final):  # else resumed here, and nothing happened since
+    if not saved(final, progress):
         write(final, live(engine, progress), dist.channel(), Retention(keep, protected=protected), max_file_bytes, at, check)
     return final
 
@@ -57,9 +57,39 @@ def name_of(step: int) -> str:
     return f"step-{step:08d}"
 
 
-def whole(folder: Path) -> bool:
-    """Whether the checkpoint in ``folder`` verifies, on every rank. Collective."""
-    return not commit.verify(folder, dist.channel()).fault
+def saved(folder: Path, progress: Progress) -> bool:
+    """Whether the checkpoint in ``folder`` is whole, and of this ``progress``: a run resumed here, and nothing happened since.
+
+    Collective.
+    """
+    verdict = commit.verify(folder, dist.channel())
+    if verdict.fault or verdict.manifest is None:
+        return False
+    return bool(verdict.manifest["progress"] == json.loads(json.dumps(asdict(progress))))
+
+
+def go_back(folder: Path, step: int, check: Callable[[], None] | None = None) -> Checkpoint | None:
+    """The newest whole checkpoint from before ``step``, after those of ``step`` and later were dropped. Collective.
+
+    Where there is none, nothing is dropped. ``check``: see `save`.
+    """
+    peers = dist.channel()
+    names = dist.broadcast([found.folder.name for found in commit.find(folder) if found.step < step])
+    chosen = next((name for name in names if not commit.verify(folder / name, peers).fault), None)
+    if chosen is None:
+        return None
+
+    def drop() -> None:
+        if check is not None:
+            check()
+        for later in commit.find(folder):
+            if later.step >= step:
+                commit.discard(later.folder)
+
+    commit.phase(peers, lambda: drop() if peers.rank == 0 else None, f"going back to before step {step} in {folder}")
+    manifest = commit.read(folder / chosen)
+    assert manifest is not None, "it was just verified"
+    return Checkpoint(folder / chosen, manifest)
 
 
 def live(engine: Engine, progress: Progress) -> State:

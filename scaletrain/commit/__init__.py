@@ -20,7 +20,7 @@ The moments between two changes of the disk are the members of `Boundary`. The p
 from scaletrain.commit.boundary import Boundary, Hook
 from scaletrain.commit.files import Entry, File, file_digest, write_file
 from scaletrain.commit.finding import Found, find, newest, put_aside, verify
-from scaletrain.commit.folder import Retention, commit
+from scaletrain.commit.folder import Retention, commit, discard
 from scaletrain.commit.manifest import FORMAT, MANIFEST, VERSION, read, write
 from scaletrain.commit.peers import Alone, Peers, phase
 
@@ -37,6 +37,7 @@ __all__ = [
     "Peers",
     "Retention",
     "commit",
+    "discard",
     "file_digest",
     "find",
     "newest",

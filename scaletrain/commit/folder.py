@@ -123,6 +123,11 @@ def _retain(folder: Path, retention: Retention, at: Hook) -> None:
             _unlink(_to_trash(old.folder, at), at)
 
 
+def discard(folder: Path) -> None:
+    """Deletes a committed folder: renamed first, then unlinked."""
+    _unlink(_to_trash(folder), passed)
+
+
 def _to_trash(folder: Path, at: Hook = passed) -> Path:
     # Renamed first: a kill in the middle of unlinking leaves no folder that looks whole.
     trash = folder.with_name(f".{folder.name}.trash")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +22,10 @@ Files = Mapping[str, Any]
 """Path inside the folder -> {bytes, sha256}."""
 
 
-def seal(partial: Path, final: Path) -> None:
+def seal(partial: Path, final: Path, check: Callable[[], None] | None = None) -> None:
     """Write the manifest of what is in ``partial``, bring all to the disk, and give the folder its name.
 
+    ``check`` is called right before that, and may raise: then it does not get it.
     Raises OSError, and CheckpointError for what is not a plain file.
     """
     files = {name: _facts(path) for name, path in _found(partial).items()}
@@ -32,6 +33,8 @@ def seal(partial: Path, final: Path) -> None:
     durable.write(partial / MANIFEST, json.dumps(tree, indent=1).encode())
     for path in [*partial.rglob("*"), partial]:
         durable.sync(path)
+    if check:
+        check()
     partial.rename(final)
     durable.sync(final.parent)
 

@@ -8,7 +8,7 @@
       versions/0003-NAME/       model/  state/  memory.jsonl  evaluation.json  MANIFEST.json: there whole or not at all
       tasks/NAME/               a task's data, frozen
       work/0004-NAME/           a stage under way
-      lock                      held by the one command that may change any of this
+      lease-00000007.json       of the one command that may change any of this
 
 A version is what the ledger says was committed: the digest in that entry is the manifest's, which has those of all files.
 
@@ -19,22 +19,19 @@ whole, and whoever holds the lineage next lets the pointer follow. A pointer tha
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
-import os
-import pwd
 import re
 import shutil
-import socket
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from scaletrain import durable
+from scaletrain import durable, lease
 from scaletrain.continual import sealed
-from scaletrain.continual.ledger import Entry, Ledger, parsed, utc_now, writing
+from scaletrain.continual.ledger import Entry, Ledger, parsed, writing
 from scaletrain.continual.sealed import MANIFEST, RESTORE
 from scaletrain.errors import CheckpointError, ConfigError, InputError, ScaletrainError
+from scaletrain.lease import Lease
 
 LEDGER, POINTER, EVALUATION = "ledger.jsonl", "published", "evaluation.json"
 COMMITTED, PUBLISHED, ROLLED_BACK = "committed", "published", "rolled back"
@@ -54,7 +51,7 @@ class Store:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._ledger = Ledger(folder / LEDGER)
-        self._held = False
+        self._lease: Lease | None = None
 
     def check(self) -> None:
         """Raises ConfigError where the folder is no lineage, CheckpointError where its ledger was altered."""
@@ -77,27 +74,22 @@ class Store:
     # ------------------------------------------------------------------------------------------------------ lock and ledger
 
     @contextlib.contextmanager
-    def hold(self) -> Iterator[None]:
+    def hold(self, own: Lease | None = None) -> Iterator[None]:
         """Keep other commands from changing the lineage, whose folder is made if need be. A killed holder lets go by itself.
 
-        Raises InputError where somebody else holds it, with who and since when.
+        ``own``: the lease of the folder, where this job has it already. Raises OccupiedError where somebody else holds it, with
+        who and since when; and inside, before anything is changed, LeaseLostError where somebody else took it over.
         """
         with writing(self.folder):
-            self.folder.mkdir(parents=True, exist_ok=True)
-            lock = (self.folder / "lock").open("a+")
-        with lock:
-            with writing(self.folder):
-                taken = _take(lock.fileno())
-            if not taken:
-                lock.seek(0)
-                rule = f"{lock.read() or 'another one'} is changing it, and only one command at a time may"
-                raise InputError("lineage", str(self.folder), rule, "Wait for that command, or end it")
-            self._held = True
-            try:
-                self._let_pointer_follow()
-                yield
-            finally:
-                self._held = False
+            held = own or lease.claim(self.folder, field="lineage")
+        self._lease = held
+        try:
+            self._let_pointer_follow()
+            yield
+        finally:
+            self._lease = None
+            if own is None:
+                held.release()
 
     def entries(self) -> list[Entry]:
         """The ledger, oldest first; empty before the first entry."""
@@ -114,8 +106,9 @@ class Store:
         return self._ledger.append(event, facts)
 
     def _require_held(self) -> None:
-        if not self._held:
+        if self._lease is None:
             raise ScaletrainError(f"lineage: got {str(self.folder)!r}; it is changed only while it is held, by Store.hold")
+        self._lease.check()
 
     # ------------------------------------------------------------------------------------------------------------- versions
 
@@ -139,7 +132,7 @@ class Store:
         final = self.version_folder(version)
         if not final.exists():
             with writing(final):
-                sealed.seal(_partial(final), final)
+                sealed.seal(_partial(final), final, self._require_held)
         digest, files = sealed.manifest(final)
         sealed.check(final, files)
         known = self._committed(version)
@@ -256,6 +249,7 @@ class Store:
 
     def _point(self, target: Entry) -> None:
         if self._pointer() != target:
+            self._require_held()
             with writing(self.folder / POINTER):
                 durable.write(self.folder / POINTER, json.dumps(target).encode() + b"\n")
 
@@ -277,25 +271,6 @@ def published_model(folder: Path) -> Path:
     if version is None:
         raise CheckpointError(str(folder), "nothing published", "no version has passed the gate yet", "Its history says why")
     return store.version_folder(version) / "model"
-
-
-def _take(descriptor: int) -> bool:
-    """Locks the open lock file, and writes into it who did; False where somebody else has."""
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    # In place, not by renaming: what is locked is the file, not its name.
-    os.ftruncate(descriptor, 0)
-    os.write(descriptor, f"{_user()}@{socket.gethostname()} (pid {os.getpid()}, since {utc_now()})".encode())
-    return True
-
-
-def _user() -> str:
-    try:
-        return pwd.getpwuid(os.getuid()).pw_name
-    except KeyError:  # a container that runs under a number without a name
-        return f"user {os.getuid()}"
 
 
 def _partial(final: Path) -> Path:

@@ -20,64 +20,16 @@ import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
-from typing import Annotated, Any, Literal, Protocol
+from typing import Any, Protocol
 
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 
-from scaletrain import dist
+from scaletrain import dist, heartbeat
+from scaletrain.engine.settings import OptimizerConfig
 from scaletrain.errors import RoundsError
-
-Precision = Literal["fp32", "bf16"]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class OptimizerConfig:
-    """AdamW with decoupled weight decay (Loshchilov and Hutter, arXiv 1711.05101), state and update in fp32."""
-
-    name: Literal["adamw"] = "adamw"
-    """Elementwise optimizers only: the state lives on flat shards."""
-    learning_rate: Annotated[float, Field(gt=0)] = 5e-4
-    """The peak that the schedule scales."""
-    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.98)
-    """Decay of the running mean of the gradient and of its square."""
-    epsilon: Annotated[float, Field(gt=0)] = 1e-6
-    """Added to the root of the second moment."""
-    weight_decay: Annotated[float, Field(ge=0)] = 0.01
-    """Of weight matrices and embeddings; biases and norms are never decayed."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class LocalConfig:
-    """Plain PyTorch in one process: the oracle that the other engines are tested against."""
-
-    name: Literal["local"] = "local"
-    precision: Precision = "fp32"
-    """``bf16`` computes in bfloat16 on fp32 master weights."""
-    debug: bool = False
-    """Check the rounds across ranks at every forward, not once a step."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Zero3Config:
-    """DeepSpeed ZeRO-3: weights, gradients and optimizer state partitioned over all ranks."""
-
-    name: Literal["zero3"] = "zero3"
-    precision: Precision = "fp32"
-    """``bf16`` computes in bfloat16 on fp32 master shards; gradients are reduced and summed in fp32."""
-    persistence_threshold: Annotated[int, Field(ge=0)] = 100_000
-    """Parameters of fewer elements than this stay whole on every rank. Above the largest tensor, ZeRO-3 gathers once per step."""
-    prefetch_elements: Annotated[int, Field(ge=0)] = 50_000_000
-    """How many elements are gathered ahead of their use."""
-    reduce_bucket_elements: Annotated[int, Field(ge=1)] = 50_000_000
-    """How many gradient elements are reduced together."""
-    debug: bool = False
-    """Check the rounds across ranks at every forward, not once a step."""
-    extra: Mapping[str, Any] = field(default_factory=dict)
-    """Further keys of DeepSpeed's configuration. A key that contradicts a derived one is an error."""
 
 
 class MicroBatch(Protocol):
@@ -151,7 +103,8 @@ class Engine(ABC):
         plan = "\n".join(["rounds", *rounds, "header", *header])
         # 40 bits: the sum over up to 4,096 ranks stays exact in float64.
         digest = float(int.from_bytes(hashlib.blake2b(plan.encode(), digest_size=5).digest(), "little"))
-        failures, total, *sums = dist.sum_vector([float(failure is not None), digest, *header.values()])
+        with heartbeat.section("reduce"):
+            failures, total, *sums = dist.sum_vector([float(failure is not None), digest, *header.values()])
         if failures:
             dist.raise_together(failure, "reading the data")
         if total != digest * dist.world():
@@ -177,7 +130,8 @@ class Engine(ABC):
             )
         torch.manual_seed(slot.seed)
         self._round += 1
-        return self._call({name: value.to(self.device, non_blocking=True) for name, value in slot.inputs.items()})
+        with heartbeat.section("forward"):
+            return self._call({name: value.to(self.device, non_blocking=True) for name, value in slot.inputs.items()})
 
     def clip(self, max_norm: float | None, sums: Tensor) -> tuple[float, Tensor]:
         """Scales the gradient to a global L2 norm of at most ``max_norm`` (None: leaves it).
@@ -187,9 +141,10 @@ class Engine(ABC):
         place of a step where the host waits for the device.
         """
         norms = torch.stack(torch._foreach_norm(self._gradient_blocks, 2.0)).double()
-        packed = torch.cat([norms.square().sum().reshape(1), sums.to(self.device)])
-        self._all_reduce(packed)
-        packed = packed.cpu()
+        packed = torch.cat([norms.square().sum().reshape(1).to(self.device), sums.to(self.device)])  # shards may lie on the host
+        with heartbeat.section("reduce"):
+            self._all_reduce(packed)
+            packed = packed.cpu()
         norm = float(packed[0].sqrt())
         if max_norm is not None and norm > max_norm:
             torch._foreach_mul_(list(self._gradients.values()), max_norm / norm)
@@ -222,7 +177,9 @@ class Engine(ABC):
         self.begin([slot.signature for slot in slots])
         with self._transformed(transform), nullcontext() if dropout else self._without_dropout():
             for slot in slots:
-                self.backward(loss(self.forward(slot), slot))
+                value = loss(self.forward(slot), slot)
+                with heartbeat.section("backward"):
+                    self.backward(value)
 
     @contextmanager
     def inference(self) -> Iterator[None]:
@@ -287,6 +244,17 @@ class Engine(ABC):
     @abstractmethod
     def _all_reduce(self, tensor: Tensor) -> None:
         """Sums ``tensor`` over ranks in place, on the device."""
+
+
+@contextmanager
+def hooked(parameters: Iterable[Tensor], hook: Callable[[Tensor], Tensor] | None) -> Iterator[None]:
+    """A context in which the gradient of every parameter goes through ``hook`` when it is made."""
+    handles = [parameter.register_hook(hook) for parameter in parameters] if hook else []
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _counted(rounds: Sequence[str]) -> str:

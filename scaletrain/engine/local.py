@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -13,13 +13,13 @@ from scaletrain import dist
 from scaletrain.engine.base import (
     MOMENTS,
     Engine,
-    LocalConfig,
-    OptimizerConfig,
     Shard,
     build_optimizer,
+    hooked,
     initial_state,
     set_learning_rate,
 )
+from scaletrain.engine.settings import LocalConfig, OptimizerConfig
 from scaletrain.errors import WorldSizeError
 
 
@@ -59,7 +59,7 @@ class LocalEngine(Engine):
         for name in self._trainable:
             self._masters[name].grad = self._gradients[name]
             self._optimizer.state[self._masters[name]] = initial_state(self._masters[name])
-            self._parameters[name].register_post_accumulate_grad_hook(_add_to(self._gradients[name]))
+            self._parameters[name].register_post_accumulate_grad_hook(add_to(self._gradients[name]))
         self.module.train()
 
     def backward(self, loss: Tensor) -> None:
@@ -95,17 +95,11 @@ class LocalEngine(Engine):
     def _clear_gradients(self) -> None:
         torch._foreach_zero_(list(self._gradients.values()))
 
-    @contextmanager
-    def _transformed(self, transform: Callable[[Tensor], Tensor] | None) -> Iterator[None]:
-        handles = [self._parameters[name].register_hook(transform) for name in self._trainable] if transform else []
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
+    def _transformed(self, transform: Callable[[Tensor], Tensor] | None) -> AbstractContextManager[None]:
+        return hooked((self._parameters[name] for name in self._trainable), transform)
 
 
-def _add_to(gradient: Tensor) -> Callable[[Tensor], None]:
+def add_to(gradient: Tensor) -> Callable[[Tensor], None]:
     """A hook that moves a parameter's gradient into ``gradient``.
 
     It knows nothing else: torch keeps hooks out of the collector's sight, and an engine that one knew would never be let go of.

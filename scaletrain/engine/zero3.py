@@ -7,10 +7,9 @@ first is undone by scaling the loss, the second is switched off. Clipping and ch
 from __future__ import annotations
 
 import logging
-import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from typing import Any
 
 import deepspeed
@@ -18,20 +17,20 @@ import torch
 import torch.distributed as td
 from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
 from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
-from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_grad, safe_get_local_optimizer_state
 from torch import Tensor, nn
 
 from scaletrain import dist
 from scaletrain.engine.base import (
     MOMENTS,
     Engine,
-    OptimizerConfig,
     Shard,
-    Zero3Config,
     build_optimizer,
+    hooked,
     initial_state,
     set_learning_rate,
 )
+from scaletrain.engine.exchange import cut
+from scaletrain.engine.settings import OptimizerConfig, Zero3Config
 from scaletrain.errors import ConfigError
 
 
@@ -61,30 +60,36 @@ class Zero3Engine(Engine):
         # DeepSpeed makes the moments lazily, at the first step; a checkpoint is restored before it.
         for flat in self._zero.fp32_partitioned_groups_flat:
             self._zero.optimizer.state[flat] = initial_state(flat)
-        # Live views: of the gradients, which lie in one flat buffer, and of fp32 copies of what is frozen.
-        self._gradients = {name: _own(self._parameters[name], safe_get_local_grad) for name in self._trainable}
+        # Live views: of the gradients, and of fp32 copies of what is frozen. `safe_get_local_grad` and its like would copy what
+        # lies on the host to the device.
+        self._offloaded = config.offload == "cpu"
+        self._gradients = {name: self._own(name, self._zero._get_fp32_grad_state_partition) for name in self._trainable}
         self._frozen = {name: p.ds_tensor.detach().float() for name, p in self._parameters.items() if not p.requires_grad}
         self._world = float(dist.world())
         self.module.train()
 
     def backward(self, loss: Tensor) -> None:
-        self._engine.set_gradient_accumulation_boundary(self._round == len(self._rounds))
+        last = self._round == len(self._rounds)
+        self._engine.set_gradient_accumulation_boundary(last and not self._offloaded)
         self._engine.backward(loss * self._world, scale_wrt_gas=False)
+        if last and self._offloaded:
+            self._take_sums()
 
     def step(self, learning_rate: float) -> None:
         set_learning_rate(self._zero.param_groups, learning_rate)
+        self._engine.set_gradient_accumulation_boundary(True)
         self._engine.step()
         self.updates += 1
 
     def shards(self) -> Iterator[Shard]:
         for name, parameter in self._parameters.items():
-            start, length = _piece(parameter)
+            start, length = cut(parameter.ds_numel)
             shape = tuple(parameter.ds_shape)
             if name in self._frozen:
                 yield Shard(name, shape, start, self._frozen[name].view(-1)[:length], None, {})
                 continue
-            weight = _own(parameter, safe_get_local_fp32_param)
-            moments = {key: _own(parameter, safe_get_local_optimizer_state, key) for key in MOMENTS}
+            weight = self._own(name, self._zero._get_fp32_opt_state_partition)
+            moments = {key: self._own(name, self._zero._get_fp32_opt_state_partition, optim_state_key=key) for key in MOMENTS}
             yield Shard(name, shape, start, weight, self._gradients[name], moments)
 
     def publish(self, updates: int) -> None:
@@ -116,37 +121,37 @@ class Zero3Engine(Engine):
         # zero_grad only makes the next reduction overwrite instead of add, and only for parameters that the first slot uses:
         # a head that a later slot uses would add to its gradient of the step before.
         self._zero.zero_grad()
+        self._zero.grad_partitions_flat_buffer.zero_()
         torch._foreach_zero_(list(self._gradients.values()))
+
+    def _take_sums(self) -> None:
+        """Moves what the slots summed up to where the optimizer on the host looks for it.
+
+        DeepSpeed would move, in the last slot, what that slot has a gradient for: not that of a head which only others use.
+        """
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)  # the sums come to the host without waiting
+        sums = self._zero._DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition
+        for name, gradient in self._gradients.items():
+            gradient.copy_(sums[self._parameters[name].ds_id].view(-1)[: gradient.numel()])
+
+    def _own(self, name: str, get: Callable[..., tuple[Tensor, int]], **arguments: str) -> Tensor:
+        """What ``get`` finds of this rank's piece: flat, live, without the padding that DeepSpeed puts at its end."""
+        parameter = self._parameters[name]
+        found, _ = get(parameter, release_swap_buffers=True, **arguments)
+        return found.detach().view(-1)[: cut(parameter.ds_numel)[1]]
 
     def _all_reduce(self, tensor: Tensor) -> None:
         with dist.peers():
             td.all_reduce(tensor)
 
-    @contextmanager
-    def _transformed(self, transform: Callable[[Tensor], Tensor] | None) -> Iterator[None]:
+    def _transformed(self, transform: Callable[[Tensor], Tensor] | None) -> AbstractContextManager[None]:
         # backward() scales the loss by the world, and the reduction divides by it after the hook: the hook undoes both.
         def hook(gradient: Tensor) -> Tensor:
             assert transform is not None
             return transform(gradient / self._world) * self._world
 
-        handles = [self._parameters[name].register_hook(hook) for name in self._trainable] if transform else []
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
-
-
-def _piece(parameter: Any) -> tuple[int, int]:
-    """(start, length) of this rank's elements of the flattened parameter, without the padding that DeepSpeed puts at its end."""
-    size = math.ceil(parameter.ds_numel / dist.world())
-    start = min(dist.rank() * size, parameter.ds_numel)
-    return start, min(size, parameter.ds_numel - start)
-
-
-def _own(parameter: Any, get: Callable[..., Tensor], *arguments: str) -> Tensor:
-    """What ``get`` finds of this rank's piece: flat, live, without the padding."""
-    return get(parameter, *arguments).detach().view(-1)[: _piece(parameter)[1]]
+        return hooked((self._parameters[name] for name in self._trainable), hook if transform else None)
 
 
 def settings(config: Zero3Config, device: torch.device, elements: int) -> dict[str, Any]:
@@ -171,6 +176,9 @@ def settings(config: Zero3Config, device: torch.device, elements: int) -> dict[s
             "stage3_param_persistence_threshold": config.persistence_threshold,
         },
     }
+    if config.offload == "cpu":
+        # With torch's AdamW: DeepSpeed's own for the host needs a compiler on the machine.
+        derived["zero_optimization"]["offload_optimizer"] = {"device": "cpu", "pin_memory": device.type == "cuda"}
     return _merge(derived, config.extra, "engine.extra")
 
 

@@ -14,9 +14,10 @@ import ipaddress
 import os
 import secrets
 import signal
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -30,7 +31,9 @@ from scaletrain.launcher.node import PassOn, RunRanks, Sight
 from scaletrain.launcher.nodes import ANSWER_S, Nodes
 from scaletrain.launcher.outcome import forget, outcome
 from scaletrain.launcher.plan import Job, LaunchPlan, Process, on_nodes
+from scaletrain.launcher.restart import Ending, Restarts, again
 from scaletrain.launcher.transport import Transport
+from scaletrain.launcher.watch import Limits
 
 Address = Annotated[str, Field(pattern="^[A-Za-z0-9]([A-Za-z0-9._:-]*[A-Za-z0-9])?$")]
 Interface = Annotated[str, Field(pattern="^[A-Za-z0-9][A-Za-z0-9._:-]{0,14}$")]
@@ -70,6 +73,13 @@ class DeepspeedConfig:
     """Seconds that the other ranks of a host, and then the other hosts, have to notice a failed one, before they are killed."""
     logs: Path | None = None
     """Folder for the output of ranks above 0, one file each; without one only the last lines of a failed rank are shown."""
+    limits: Limits = field(default_factory=Limits)
+    """How long a rank may give no sign of life before the job is ended."""
+    restarts: Restarts = field(default_factory=Restarts)
+    """What follows from a failure."""
+    min_hosts: Annotated[int, Field(ge=1)] | None = None
+    """With so many hosts a job that failed is started again, without those that do not answer; null: with all or not at all. The
+    plan's slots must fit the ranks that are left (slot_multiple)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,17 +93,44 @@ class Meeting:
 
 def run(config: DeepspeedConfig, job: Job, *, dry_run: bool = False) -> int:
     """Start the ranks, wait for them, answer with the job's exit code. Raises ConfigError and StorageError."""
-    hosts = hostfile.select(hostfile.read(config.hostfile), config.include, config.exclude)
+    hosts: Sequence[Host] = hostfile.select(hostfile.read(config.hostfile), config.include, config.exclude)
     way = way_to_nodes(config)
-    meeting = Meeting("dry-run", config.master_addr or hosts[0].name, config.port)
     if dry_run:
+        meeting = Meeting("dry-run", config.master_addr or hosts[0].name, config.port)
         if not (config.master_addr and config.port):
             print(f"# MASTER_ADDR and MASTER_PORT, where they are not set, are asked of {hosts[0].name} when the job starts.")
         print(plan(config, hosts, job, way, meeting).text())
         return 0
     transport.require(config.transport)
+
+    def once(number: int) -> Ending:
+        nonlocal hosts
+        if number and config.min_hosts is not None:
+            hosts = _reachable(config, hosts, way)
+        return _once(config, hosts, job, way, number)
+
+    return again(config.restarts, once, job.output)
+
+
+def _reachable(config: DeepspeedConfig, hosts: Sequence[Host], way: Transport) -> list[Host]:
+    """Those that still answer. Raises ConfigError where they are too few."""
+    found = []
+    for host in hosts:
+        try:
+            transport.look_around(way, [host], None, config.start_timeout_s)
+        except ConfigError as error:
+            print(f"warning: {host.name} is left out: {error}", file=sys.stderr)
+        else:
+            found.append(host)
+    if len(found) < (config.min_hosts or 1):
+        rule = f"so many hosts must be left, and {', '.join(host.name for host in found) or 'none'} answered"
+        raise ConfigError("backend.min_hosts", config.min_hosts, rule, "Repair the others, or allow fewer")
+    return found
+
+
+def _once(config: DeepspeedConfig, hosts: Sequence[Host], job: Job, way: Transport, number: int) -> Ending:
     record = forget(job.output)
-    meeting = replace(meeting, job=secrets.token_hex(8))
+    meeting = Meeting(secrets.token_hex(8), "", 0)
     with _shared_file(job.output, meeting.job) as shared:
         sights = transport.look_around(way, hosts, shared, config.start_timeout_s)
     meeting = replace(meeting, address=config.master_addr or _address(hosts, sights), port=config.port or sights[0].port)
@@ -104,7 +141,7 @@ def run(config: DeepspeedConfig, job: Job, *, dry_run: bool = False) -> int:
         order = PassOn(job=meeting.job, node=hosts[number].name, number=asked, patience_s=patience_s)
         return way.carry(hosts[number], number, order)
 
-    carriers = plan(config, hosts, job, way, meeting).carriers
+    carriers = plan(config, hosts, job, way, meeting, number).carriers
     nodes = Nodes(carriers, pass_on, grace_s=config.grace_s, peer_grace_s=config.peer_grace_s)
     with signals_to(nodes.request_stop):
         try:
@@ -112,10 +149,12 @@ def run(config: DeepspeedConfig, job: Job, *, dry_run: bool = False) -> int:
             nodes.wait()
         finally:
             nodes.end()
-    return outcome(nodes, record)
+    return Ending(outcome(nodes, record), nodes.requested is not None)
 
 
-def plan(config: DeepspeedConfig, hosts: Sequence[Host], job: Job, way: Transport, meeting: Meeting) -> LaunchPlan:
+def plan(
+    config: DeepspeedConfig, hosts: Sequence[Host], job: Job, way: Transport, meeting: Meeting, attempt: int = 0
+) -> LaunchPlan:
     """What is run here for each host, and which ranks that starts there. Pure.
 
     Beyond what is shown each node adds OMP_NUM_THREADS and GLOO_SOCKET_IFNAME where nobody has set them: it knows its cores
@@ -136,6 +175,8 @@ def plan(config: DeepspeedConfig, hosts: Sequence[Host], job: Job, way: Transpor
                 grace_s=config.grace_s,
                 peer_grace_s=config.peer_grace_s,
                 logs=config.logs,
+                limits=config.limits,
+                stacks=job.output.resolve() / "stacks" / f"attempt-{attempt}" if job.output else None,
             ),
         )
         for number, host in enumerate(hosts)

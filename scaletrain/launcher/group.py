@@ -24,6 +24,7 @@ from typing import IO
 
 from scaletrain.errors import PeerLostError, StorageError
 from scaletrain.launcher.plan import LOCALHOST, Process
+from scaletrain.launcher.watch import Stall, Watch
 
 KEPT_LINES = 50
 """How much of a failed process's last output is shown."""
@@ -63,11 +64,22 @@ class Group:
     settling_s = 0.0
     """Seconds in which a second failure counts as simultaneous with the first."""
 
-    def __init__(self, processes: Sequence[Process], *, grace_s: float, peer_grace_s: float, logs: Path | None = None) -> None:
+    def __init__(
+        self,
+        processes: Sequence[Process],
+        *,
+        grace_s: float,
+        peer_grace_s: float,
+        logs: Path | None = None,
+        watch: Watch | None = None,
+    ) -> None:
         """``grace_s`` as of a request to stop, ``peer_grace_s`` as of a failure: then those that still run are killed.
 
-        ``logs`` takes the output of all but the first process of a job.
+        ``logs`` takes the output of all but the first process of a job. ``watch`` notices those that hang.
         """
+        self._watch = watch
+        self.stall: Stall | None = None
+        """Why we ended the group, if a process hung."""
         self.planned, self.grace_s, self.peer_grace_s, self.logs = processes, grace_s, peer_grace_s, logs
         self.members: list[Member] = []
         self.requested: int | None = None
@@ -91,7 +103,7 @@ class Group:
             sink = self._log(self.logs / f"rank-{planned.rank:05d}.log")
         child = subprocess.Popen(
             planned.argv,
-            env={**os.environ, **planned.env},
+            env={**os.environ, **planned.env, **(self._watch.environment(planned.rank) if self._watch else {})},
             stdin=self.stdin,
             stdout=sink,
             stderr=None if sink is None else subprocess.STDOUT,
@@ -121,6 +133,7 @@ class Group:
             for member in self.members:
                 member.code = self.code_of(member) if member.code is None else member.code
             self._note_failures()
+            self._note_stalls()
             if time.monotonic() >= self._deadline:
                 self.send(signal.SIGKILL)
 
@@ -133,6 +146,15 @@ class Group:
             self._deadline = min(self._deadline, now + self.peer_grace_s)
         if not self.failed or now < self._settled:
             self.failed = failed
+
+    def _note_stalls(self) -> None:
+        running = {member.planned.rank: member.process.pid for member in self.members if member.code is None}
+        if self._watch is None or self.stall or not running or self.failed:
+            return  # of those that wait for one that has failed, none is the one that hangs
+        stall = self._watch.stalled(list(running))
+        if stall:
+            self.stall = self._watch.dump(stall, running)
+            self.cut_short()
 
     def request_stop(self, number: int) -> None:
         """Pass a signal on to every process; the first one starts the period of grace."""

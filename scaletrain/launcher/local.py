@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -13,7 +13,9 @@ from pydantic import Field
 from scaletrain.launcher.group import KEPT_LINES as KEPT_LINES
 from scaletrain.launcher.group import Group, signals_to
 from scaletrain.launcher.outcome import forget, outcome
-from scaletrain.launcher.plan import Job, on_one_node
+from scaletrain.launcher.plan import Job, LaunchPlan, on_one_node
+from scaletrain.launcher.restart import Ending, Restarts, again
+from scaletrain.launcher.watch import Limits, Watch
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -32,25 +34,44 @@ class LocalConfig:
     """Seconds that the other ranks have to notice a failed one, before they are killed."""
     logs: Path | None = None
     """Folder for the output of ranks above 0, one file each; without one only the last lines of a failed rank are shown."""
+    limits: Limits = field(default_factory=Limits)
+    """How long a rank may give no sign of life before the job is ended."""
+    restarts: Restarts = field(default_factory=Restarts)
+    """What follows from a failure."""
 
 
 def run(config: LocalConfig, job: Job, *, dry_run: bool = False) -> int:
     """Start the ranks, wait for them, answer with the job's exit code. Raises StorageError."""
-    cores = len(os.sched_getaffinity(0))
-    port = config.port or free_port()
-    plan = on_one_node(job.argv, ranks=config.ranks, port=port, cores=cores, environment=os.environ)
     if dry_run:
-        print(plan.text())
+        print(_plan(config, job).text())
         return 0
+    return again(config.restarts, lambda number: _once(config, job, number), job.output)
+
+
+def _plan(config: LocalConfig, job: Job) -> LaunchPlan:
+    cores, port = len(os.sched_getaffinity(0)), config.port or free_port()
+    return on_one_node(job.argv, ranks=config.ranks, port=port, cores=cores, environment=os.environ)
+
+
+def _once(config: LocalConfig, job: Job, number: int) -> Ending:
     record = forget(job.output)
-    group = Group(plan.processes, grace_s=config.grace_s, peer_grace_s=config.peer_grace_s, logs=config.logs)
-    with signals_to(group.request_stop):
-        try:
-            group.start()
-            group.wait()
-        finally:
-            group.end()
-    return outcome(group, record)
+    stacks = job.output / "stacks" / f"attempt-{number}" if job.output else None
+    with Watch(config.limits, stacks) as watch:
+        group = Group(
+            _plan(config, job).processes,
+            grace_s=config.grace_s,
+            peer_grace_s=config.peer_grace_s,
+            logs=config.logs,
+            watch=watch,
+        )
+        with signals_to(group.request_stop):
+            try:
+                group.start()
+                group.wait()
+            finally:
+                group.end()
+    code = outcome(group, record)
+    return Ending(code, group.requested is not None, group.stall.text() if group.stall else None)
 
 
 def free_port() -> int:

@@ -18,7 +18,7 @@ import struct
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
@@ -32,6 +32,7 @@ from scaletrain.launcher.group import Group, signals_to
 from scaletrain.launcher.local import free_port
 from scaletrain.launcher.outcome import show
 from scaletrain.launcher.plan import defaults, on_nodes
+from scaletrain.launcher.watch import Limits, Watch
 
 PASSED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGKILL)
 """The signals that a launcher sends."""
@@ -82,6 +83,9 @@ class RunRanks:
     grace_s: float
     peer_grace_s: float
     logs: Path | None = None
+    limits: Limits = field(default_factory=Limits)
+    stacks: Path | None = None
+    """Where the stacks of ranks that hang are kept."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -162,7 +166,12 @@ def run_ranks(order: RunRanks) -> int:
     needed = defaults(os.environ, ranks=count, cores=cores, interface=interface_to(order.address))
     plan = on_nodes(order.argv, order.slots, order.address, order.port, needed)
     mine = [process for process in plan.processes if process.node == order.node]
-    ranks = _Ranks(mine, grace_s=order.grace_s, peer_grace_s=order.peer_grace_s, logs=order.logs)
+    with Watch(order.limits, order.stacks) as watch:
+        ranks = _Ranks(mine, grace_s=order.grace_s, peer_grace_s=order.peer_grace_s, logs=order.logs, watch=watch)
+        return _run(ranks, order)
+
+
+def _run(ranks: _Ranks, order: RunRanks) -> int:
     with socket.socket(socket.AF_UNIX) as door, signals_to(ranks.request_stop):
         door.bind(_door(order.job, order.node))
         door.listen()
@@ -173,8 +182,8 @@ def run_ranks(order: RunRanks) -> int:
             ranks.wait()
         finally:
             ranks.end()
-    if ranks.abandoned:
-        return PeerLostError.exit_code  # There is nobody left to tell why.
+    if ranks.abandoned or ranks.stall:
+        return PeerLostError.exit_code  # There is nobody left to tell why, or it was said.
     if ranks.requested is None:
         show(ranks)
     codes = [member.code for member in ranks.failed or ranks.members if member.code]

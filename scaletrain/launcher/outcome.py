@@ -1,36 +1,46 @@
-"""How a job ended: what rank 0 recorded in ``RUN/exit.json``; the processes are asked only where there is no record."""
+"""How a job ended: what rank 0 recorded in ``RUN/exit.json``; the processes are asked only where there is no record.
+
+Another job may be at work in the folder, which ours is then refused. So nothing in it is touched, and a record counts only if it
+was not there before and is not that of whoever held the folder then.
+"""
 
 from __future__ import annotations
 
-import contextlib
 import json
+import os
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
-from scaletrain.errors import PeerLostError, ScaletrainError, StorageError
+from scaletrain import lease
+from scaletrain.errors import PeerLostError, ScaletrainError
 from scaletrain.launcher.group import Group
 
 
-def forget(output: Path | None) -> Path | None:
-    """Remove the record of an earlier launch, which must not be taken for this one's; return where the new one is to be.
+@dataclass(frozen=True, slots=True)
+class Record:
+    """Where rank 0 of this launch is to leave its record, and what was there before."""
 
-    Raises StorageError.
-    """
+    path: Path
+    before: tuple[int, int] | None
+    """Inode and time of change of an earlier record; None where there was none."""
+    token: int
+    """Of whoever has held the folder last; 0: nobody."""
+
+
+def forget(output: Path | None) -> Record | None:
+    """Note what there is from an earlier launch, or from a job that runs, so that it is not taken for this one's."""
     if output is None:
         return None
-    record = output / "exit.json"
-    try:
-        with contextlib.suppress(NotADirectoryError):  # The run folder is not a folder: rank 0 says so better.
-            record.unlink(missing_ok=True)
-    except OSError as error:
-        rule = "the record of the last launch is removed before a new one"
-        raise StorageError(f"{record}: got {error.strerror!r}; {rule}. Make the run folder writable") from error
-    return record
+    seen = lease.newest(output)
+    return Record(output / "exit.json", _read(output / "exit.json")[1], seen.token if seen else 0)
 
 
-def outcome(group: Group, record: Path | None) -> int:
+def outcome(group: Group, record: Record | None) -> int:
     """The exit code of the job: rank 0's record where there is one, else what the processes of ``group`` say."""
     said = _recorded(record)
+    if group.stall is not None and said is None:
+        return PeerLostError.exit_code  # and it was said who
     if group.requested is None and said != 0:
         show(group)
     if said is not None:
@@ -44,7 +54,7 @@ def outcome(group: Group, record: Path | None) -> int:
         return PeerLostError.exit_code
     if record is None:
         return 0
-    print(f"error: {record}: missing; every rank ended with 0, but none recorded the end of the run", file=sys.stderr)
+    print(f"error: {record.path}: missing; every rank ended with 0, but none recorded the end of the run", file=sys.stderr)
     return ScaletrainError.exit_code
 
 
@@ -58,11 +68,28 @@ def show(group: Group) -> None:
                 print(line, file=sys.stderr)
 
 
-def _recorded(record: Path | None) -> int | None:
-    """The ``code`` in ``exit.json``; None where there is no whole record."""
-    try:
-        said = json.loads(record.read_bytes()) if record else None
-    except (OSError, ValueError):
+def _recorded(record: Record | None) -> int | None:
+    """The ``code`` in ``exit.json``; None where there is no whole record of this launch."""
+    if record is None:
         return None
-    code = said.get("code") if isinstance(said, dict) else None
+    data, identity = _read(record.path)
+    try:
+        said = json.loads(data)
+    except ValueError:
+        return None
+    if not isinstance(said, dict) or identity == record.before:
+        return None
+    code, token = said.get("code"), said.get("lease")
+    if isinstance(token, int) and token <= record.token:
+        return None  # another job's, which had the folder when this one was started, and ended meanwhile
     return code if isinstance(code, int) and 0 <= code <= 255 else None
+
+
+def _read(file: Path) -> tuple[bytes, tuple[int, int] | None]:
+    """What is in it, and which file it is. Opened first: NFS then asks the server and not its memory."""
+    try:
+        with file.open("rb") as stream:
+            found = os.fstat(stream.fileno())
+            return stream.read(), (found.st_ino, found.st_mtime_ns)
+    except OSError:
+        return b"", None

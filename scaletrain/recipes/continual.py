@@ -48,7 +48,7 @@ def main(config: ContinualConfig, *, retry: bool = False, abandon: bool = False)
     ``retry`` lets tasks that were not published be tried again. ``abandon`` gives up what is under way first, such as a task that
     was begun with other settings. Raises RequeueError where it was asked to stop.
     """
-    with Session(config.output, config.compute.device) as session, StopRequest() as stop:
+    with StopRequest(config.control) as stop, Session(config.output, config.compute.device, stop) as session:
         stream = Stream(config.lineage, config.output, session, stop)
         with stream.held():
             if abandon:

@@ -102,6 +102,11 @@ class Corpora:
             remedy = f"Use a model of at least {needed}, or prepare the data with max_tokens of at most {most}"
             raise ConfigError("model.max_positions", max_positions, rule, remedy)
 
+    def names(self, step: int) -> list[str]:
+        """What the samples of a step, counted from 1, are called: folder of the corpus, and number of the chunk in it."""
+        picks = self.plan.picks(step - 1)
+        return [f"{self.datasets[c].folder.name}:{n}" for c, n in zip(picks.corpus.tolist(), picks.chunk.tolist(), strict=True)]
+
     @property
     def tokens_per_chunk(self) -> float:
         """Mean over all corpora, special tokens included."""

@@ -19,7 +19,7 @@ from scaletrain.recipes.stage import Kept, Stage, StageConfig, StageData, start_
 from scaletrain.recipes.starting import TaskConfig, frozen, named, open_start, write_model
 from scaletrain.recipes.student import ComputeConfig, Learning, Student
 from scaletrain.tasks.confusion import Confusion, report_text
-from scaletrain.train.control import Session, StopRequest
+from scaletrain.train.control import ControlConfig, Session, StopRequest
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -38,6 +38,8 @@ class FinetuneConfig:
     """How it learns."""
     compute: ComputeConfig = field(default_factory=ComputeConfig)
     """What runs it."""
+    control: ControlConfig = field(default_factory=ControlConfig)
+    """How long the job may run, and when it takes the folder of another one over."""
 
 
 Config = FinetuneConfig
@@ -48,7 +50,7 @@ def main(config: FinetuneConfig, *, fresh: bool = False) -> dict[str, Any] | Non
 
     ``fresh`` sets what is there aside. Raises RequeueError, after a checkpoint, where the run was asked to stop.
     """
-    with Session(config.output, config.compute.device) as session, StopRequest() as stop:
+    with StopRequest(config.control) as stop, Session(config.output, config.compute.device, stop) as session:
         for name in ("checkpoints", "metrics.jsonl", "tensorboard", "task", "model", "report.json") if fresh else ():
             checkpoint.set_aside(config.output / name)
         dealing = start_dealing(config.output)
@@ -63,6 +65,7 @@ def main(config: FinetuneConfig, *, fresh: bool = False) -> dict[str, Any] | Non
             session.device,
             learning=Learning(config.training.optimizer, config.model.head_learning_rate_factor),
             dealing=Dealing(**dealing) if dealing else None,
+            stop=stop,
         )
         train, validation = (named(config.task.name, data.splits[split]) for split in ("train", "validation"))
         read_with = {f"task.data.{key}": repr(value) for key, value in to_tree(config.task.data).items()}

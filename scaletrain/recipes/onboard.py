@@ -38,7 +38,7 @@ def main(config: OnboardConfig, *, retry: bool = False, abandon: bool = False) -
     Store(config.lineage).check()
     settings = configuration.load(LineageConfig, config.lineage / "config.yaml", ())
     task = configuration.load(TaskConfig, config.task, ())
-    with Session(config.lineage, settings.compute.device) as session, StopRequest() as stop:
+    with StopRequest(settings.control) as stop, Session(config.lineage, settings.compute.device, stop) as session:
         stream = Stream(settings, config.lineage, session, stop)
         with stream.held():
             if abandon:

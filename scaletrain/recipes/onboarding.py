@@ -23,6 +23,7 @@ from scaletrain.continual.memory import Remembered, load_memory, save_memory
 from scaletrain.continual.method import Active, Beginning, Ending, Past, Penalty, Rehearsal, State, Term
 from scaletrain.continual.methods import MethodConfig, check_together
 from scaletrain.continual.store import Store
+from scaletrain.data.collate import Slot
 from scaletrain.data.freeze import thaw
 from scaletrain.data.slots import Dealing
 from scaletrain.engine import Shard
@@ -31,7 +32,7 @@ from scaletrain.recipes.stage import Kept, Stage, StageConfig, StageData, method
 from scaletrain.recipes.starting import model_folder, named, open_start, write_model
 from scaletrain.recipes.student import ComputeConfig, Learning, Named, Student
 from scaletrain.tasks.classification import Scenario
-from scaletrain.train.control import Session, StopRequest
+from scaletrain.train.control import ControlConfig, Session, StopRequest
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,6 +55,8 @@ class LineageConfig:
     """What a candidate must show to be published; null: every candidate is."""
     on_refusal: Literal["stop", "continue"] = "stop"
     """`continue`: the next task of a stream builds on the candidate that was not published."""
+    control: ControlConfig = field(default_factory=ControlConfig)
+    """How long a job may run, and when it takes the lineage of another one over."""
 
     def __post_init__(self) -> None:
         check_together(self.methods)
@@ -148,6 +151,7 @@ class Onboarding:
             scenario=config.scenario,
             learning=Learning(config.training.optimizer, config.model.head_learning_rate_factor, idle),
             dealing=Dealing(**dealing) if dealing else None,
+            stop=self._stop,
         )
 
     def _grow(self, classifier: Classifier) -> None:
@@ -202,10 +206,16 @@ class Onboarding:
 
     def _consolidate(self, student: Student, new: Sequence[Named], folder: Path) -> None:
         examples = student.encode(new)
+
+        def loss(outputs: Tensor, slot: Slot) -> Tensor:
+            self._stop.check()  # a pass over the gradients of single samples is long; what it has summed is dropped
+            return student.loss(outputs, slot)
+
+        self._stop.check()
         ending = Ending(
             student.engine,
             slots=lambda count: student.singles(examples, count, self._config.seed),
-            loss=student.loss,
+            loss=loss,
             samples=lambda count: min(count, examples.chunks),
             state=self._state(student),
         )

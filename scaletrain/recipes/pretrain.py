@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field
 
-from scaletrain import checkpoint, dist, engine, model
+from scaletrain import checkpoint, dist, engine, heartbeat, model
 from scaletrain.checkpoint import Checkpoint, CheckpointConfig, Progress, Saver
 from scaletrain.config import dump
+from scaletrain.data.loader import Loader
 from scaletrain.data.plan import Cursor
 from scaletrain.data.slots import Dealing
 from scaletrain.engine import Engine, EngineConfig, OptimizerConfig, Zero3Config
@@ -21,10 +23,11 @@ from scaletrain.model import MaskedLanguageModel, ModelConfig
 from scaletrain.recipes.corpora import Corpora, DataConfig
 from scaletrain.tasks.mlm import MlmConfig
 from scaletrain.train.console import Writers, open_writers
-from scaletrain.train.control import Session, StopRequest
+from scaletrain.train.control import ControlConfig, Session, StopRequest
 from scaletrain.train.evaluate import evaluate
+from scaletrain.train.guard import Guard, GuardConfig
 from scaletrain.train.loop import train
-from scaletrain.train.metrics import Fact, Meter, MetricsConfig, device_peak, peak_memory_bytes
+from scaletrain.train.metrics import Fact, Meter, MetricsConfig, StepRecord, device_peak, peak_memory_bytes
 from scaletrain.train.schedule import LinearConfig, ScheduleConfig, due, learning_rate
 
 
@@ -62,6 +65,8 @@ class PretrainConfig:
     """How the learning rate changes over the run."""
     clip_norm: Annotated[float, Field(gt=0)] | None = 1.0
     """Largest L2 norm of the step's gradient; null: no clipping."""
+    guard: GuardConfig = field(default_factory=GuardConfig)
+    """What is done about steps that are not finite."""
     engine: EngineConfig = field(default_factory=Zero3Config)
     """What runs the model."""
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
@@ -70,6 +75,8 @@ class PretrainConfig:
     """When the run is saved."""
     metrics: MetricsConfig = field(default_factory=MetricsConfig)
     """What is recorded."""
+    control: ControlConfig = field(default_factory=ControlConfig)
+    """How long the job may run, and when it takes the folder of another one over."""
 
 
 Config = PretrainConfig
@@ -80,25 +87,36 @@ def main(config: PretrainConfig, *, fresh: bool = False) -> None:
 
     Raises RequeueError, after a checkpoint, where the run was asked to stop.
     """
-    with Session(config.output, config.device) as session, StopRequest() as stop:
+    with StopRequest(config.control) as stop, Session(config.output, config.device, stop) as session:
         for name in ("checkpoints", "metrics.jsonl", "tensorboard") if fresh else ():
             checkpoint.set_aside(config.output / name)
-        last = checkpoint.newest(config.output / "checkpoints", aside=True)
+        with heartbeat.section("load"):
+            last = checkpoint.newest(config.output / "checkpoints", aside=True)
         session.step = last.progress.step if last else 0
-        run = Run(config, session.device, last)
-        if run.start == 0:
-            run.evaluate(0)
+        run = Run(config, session, stop, last)
+        stop.check()
+        if run.evaluation_is_due:
+            run.evaluate(run.start)
+            if run.start:
+                run.save(run.start)
         with run.saver, run.corpora.loader(run.task) as loader:
-            batches = loader.batches(run.start, config.steps)
-            for record in train(run.engine, run.task, batches, run.learning_rate, config.clip_norm, stop, run.meter):
+            for record in run.records(loader, stop):
                 session.step = record.step
                 run.writers.step(record)
                 at_end = record.step == config.steps
                 if due(record.step, config.evaluation.every_steps) or at_end:
-                    run.evaluate(record.step)
+                    try:
+                        run.evaluate(record.step)
+                    except RequeueError:
+                        run.save(record.step, evaluated=False)
+                        run.settle()
+                        run.writers.close()
+                        raise
                 if due(record.step, config.checkpoint.every_steps) or at_end or stop.agreed:
                     run.save(record.step)
-            run.saver.settle()
+                    if not at_end and stop.ask():  # a request that came in a save needs no second one
+                        break
+            run.settle()
         run.writers.close()
         if stop.agreed and session.step < config.steps:
             raise RequeueError(f"stopped on request after step {session.step} of {config.steps}; the same command continues it")
@@ -107,17 +125,19 @@ def main(config: PretrainConfig, *, fresh: bool = False) -> None:
 class Run:
     """The parts of one run, made from its settings and, where there is one, the checkpoint that it continues from."""
 
-    def __init__(self, config: PretrainConfig, device: torch.device, last: Checkpoint | None) -> None:
-        self._config = config
+    def __init__(self, config: PretrainConfig, session: Session, stop: StopRequest, last: Checkpoint | None) -> None:
+        self._config, self._session, self._stop, device = config, session, stop, session.device
         dealing = Dealing(**last.progress.fixed["dealing"]) if last else None
         self.corpora = Corpora(config.data, config.steps, config.seed, config.model.layout, dealing)
         self.task = self.corpora.task(config.task, config.seed)
         self._held_out = self.corpora.held_out(config.evaluation.chunks_per_pass) if config.evaluation.every_steps else None
         network = model.build(config.model, self.corpora.tokenizer_folder, config.seed)
         self.corpora.check_positions(network.max_positions)
-        if last:
-            _check_continues(last, config, network)
         self._identity = _identity(config, network, self.corpora)
+        if last:
+            _check_continues(last, config, network, self._identity)
+        self.evaluation_is_due = last is None or not last.progress.state.get("evaluated", True)
+        """Whether the evaluation of the step to start from is still to be done."""
         self._fixed = {"dealing": asdict(self.corpora.dealing), "hf_config": model.describe(network)["hf_config"]}
         flops_per_token = model.training_flops_per_token(network, self.corpora.tokens_per_chunk, config.task.mask_rate)
         facts: dict[str, Fact] = {"parameters": sum(p.numel() for p in network.parameters())}
@@ -125,7 +145,11 @@ class Run:
             config.engine, network, model.parameter_groups(network, config.optimizer.weight_decay), config.optimizer, device
         )
         plan = self.corpora.plan
-        self.start = plan.step_at(Cursor(**checkpoint.restore(last, self.engine, self._identity).cursor)) if last else 0
+        with heartbeat.section("load"):
+            self.start = plan.step_at(Cursor(**checkpoint.restore(last, self.engine, self._identity).cursor)) if last else 0
+        self.guard = Guard(config.guard, self.corpora.names, config.output)
+        if last:
+            self.guard.resume(last.progress.state.get("guard"), self.start)
         peak = device_peak(config.metrics, torch.cuda.get_device_name(device) if device.type == "cuda" else None)
         self.meter = Meter(
             config.steps,
@@ -144,7 +168,27 @@ class Run:
             facts["peak"] = peak.assumption
         self.writers.event(self.start, "start", **facts)
         self._total_samples = plan.samples_before(config.steps)
-        self.saver = Saver(config.output / "checkpoints", self.engine, config.checkpoint, self._not_saved)
+        self.saver = Saver(config.output / "checkpoints", self.engine, config.checkpoint, self._not_saved, check=session.check)
+
+    def records(self, loader: Loader, stop: StopRequest) -> Iterator[StepRecord]:
+        """Takes the steps that are left, those after a roll-back included."""
+        config, samples_before = self._config, self.corpora.plan.samples_before
+
+        def attempt(start: int) -> Iterator[StepRecord]:
+            batches = self.guard.batches(loader.batches, start, config.steps, samples_before)
+            return train(self.engine, self.task, batches, self.learning_rate, config.clip_norm, stop, self.meter, self.guard)
+
+        return self.guard.guarded(attempt, self.start, self._go_back)
+
+    def _go_back(self, step: int) -> tuple[int, Mapping[str, Any]] | None:
+        self.settle()
+        last = checkpoint.go_back(self._config.output / "checkpoints", step, self._session.check)
+        if last is None:
+            return None
+        progress = checkpoint.restore(last, self.engine, self._identity)
+        self.writers.rewind(progress.step)
+        self.writers.event(progress.step, "rolled back", before=step)
+        return progress.step, progress.state["guard"]
 
     def learning_rate(self, step: int) -> float:
         samples = self.corpora.plan.samples_before(step) + 1  # the step's first sample: no step has the rate 0 of the run's end
@@ -156,14 +200,23 @@ class Run:
             return
         task = self._held_out.task(self.task)
         with self._held_out.loader(task) as loader:
-            table = evaluate(self.engine, task, loader.batches(), self._held_out.samples)
+            table = evaluate(self.engine, task, loader.batches(), self._held_out.samples, self._stop)
         self.writers.evaluation(step, task.summary(table))
 
-    def save(self, step: int) -> None:
+    def save(self, step: int, *, evaluated: bool = True) -> None:
+        """``evaluated``: False where the evaluation that is due at this step was interrupted: a resume begins with it."""
         self.writers.flush()  # what a checkpoint stands for must not be lost after it
         cursor = self.corpora.plan.cursor(step)._asdict()
-        if self.saver.save(Progress(step, cursor, self._identity, self._fixed)):
+        state: dict[str, Any] = {"guard": self.guard.state()} | ({} if evaluated else {"evaluated": False})
+        with self._stop.saving(lambda: self.saver.longest_s):
+            begun = self.saver.save(Progress(step, cursor, self._identity, self._fixed, state))
+        if begun:
             self.writers.event(step, "checkpoint")
+
+    def settle(self) -> None:
+        """Waits until the last checkpoint is on the disk."""
+        with self._stop.saving(lambda: self.saver.longest_s):
+            self.saver.settle()
 
     def _not_saved(self, step: int, why: str) -> None:
         self.writers.event(step, "save failed", error=why)
@@ -176,18 +229,24 @@ def _identity(config: PretrainConfig, network: MaskedLanguageModel, corpora: Cor
         **corpora.identity(),
         **{f"task.{name}": str(value) for name, value in asdict(config.task).items()},
         "model": model.identity(network),
-        "optimizer.name": config.optimizer.name,
+        # Not the learning rate: a lower one is what a run that diverged is continued with.
+        **{f"optimizer.{name}": str(getattr(config.optimizer, name)) for name in ("name", "betas", "epsilon", "weight_decay")},
     }
 
 
-def _check_continues(last: Checkpoint, config: PretrainConfig, network: MaskedLanguageModel) -> None:
-    """Raises CheckpointError for weights of another model, and ConfigError for a run that is already past its last step."""
+def _check_continues(last: Checkpoint, config: PretrainConfig, network: MaskedLanguageModel, identity: Mapping[str, str]) -> None:
+    """Raises CheckpointError for a checkpoint of another run, and ConfigError for a run that is already past its last step."""
     shapes = {name: facts["shape"] for name, facts in last.manifest["parameters"].items()}
     stored = {"hf_config": last.progress.fixed["hf_config"], "parameters": shapes}
     difference = model.difference(stored, model.describe(network))
     if difference:
         rule = f"the checkpoint {last.folder} is of another model"
-        raise CheckpointError("model", difference, rule, "Use the settings of that run, another output folder, or --fresh.")
+        error = CheckpointError("model", difference, rule, "Use the settings of that run, another output folder, or --fresh.")
+        for what, said in checkpoint.differences(last, identity).items():
+            if what != "model":
+                error.add_note(said)
+        raise error
+    checkpoint.check_identity(last, identity)
     if last.progress.step > config.steps:
         rule = f"the run in {config.output} has taken {last.progress.step} steps already"
         raise ConfigError("steps", config.steps, rule, "Set a larger number, another output folder, or --fresh.")

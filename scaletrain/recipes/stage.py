@@ -8,7 +8,7 @@ the same, rather than stored.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from scaletrain import checkpoint, dist, model
+from scaletrain import checkpoint, dist, heartbeat, model
 from scaletrain.checkpoint import Checkpoint, CheckpointConfig, Progress, Saver
 from scaletrain.continual.method import Active
 from scaletrain.data.examples import Examples
@@ -29,10 +29,14 @@ from scaletrain.recipes.starting import digest_of
 from scaletrain.recipes.student import Named, Student
 from scaletrain.train.console import Writers, open_writers
 from scaletrain.train.control import Session, StopRequest
+from scaletrain.train.guard import Guard, GuardConfig
 from scaletrain.train.loop import train
-from scaletrain.train.metrics import Meter, MetricsConfig, peak_memory_bytes
+from scaletrain.train.metrics import Meter, MetricsConfig, StepRecord, peak_memory_bytes
 from scaletrain.train.schedule import LinearConfig, ScheduleConfig, due, learning_rate
 from scaletrain.train.selection import Selection, SelectionConfig
+
+STATE_FOLLOWS = ("name", "betas", "epsilon", "weight_decay")
+"""Settings of the optimizer that its state means something under."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -49,6 +53,8 @@ class StageConfig:
     """How the learning rate changes over the stage."""
     clip_norm: Annotated[float, Field(gt=0)] | None = 1.0
     """Largest L2 norm of the step's gradient; null: no clipping."""
+    guard: GuardConfig = field(default_factory=GuardConfig)
+    """What is done about steps that are not finite."""
     selection: SelectionConfig = field(default_factory=SelectionConfig)
     """Which weights the stage ends with, and whether it may stop early."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
@@ -110,14 +116,16 @@ class Stage:
         self._identity = {  # first what a user would look for: the digests that follow contain some of it
             "seed": str(seed),
             "training.batch_size": str(config.batch_size),
-            "training.optimizer.name": config.optimizer.name,
+            # Not the learning rate: a lower one is what a run that diverged is continued with.
+            **{f"training.optimizer.{each}": str(getattr(config.optimizer, each)) for each in STATE_FOLLOWS},
             "training.selection.metric": config.selection.metric,
             "training.selection.keep": config.selection.keep,
             **identity,
             "model": model.identity(student.classifier),
             "data": self._plan.digest,
         }
-        self._last = checkpoint.newest(folder / "checkpoints", aside=True)
+        with heartbeat.section("load"):
+            self._last = checkpoint.newest(folder / "checkpoints", aside=True)
         if self._last is not None:
             self._check_continues(self._last)
 
@@ -128,6 +136,8 @@ class Stage:
         RequeueError, after a checkpoint, where the stage was asked to stop.
         """
         last = self._last
+        self._session, self._stop = session, stop
+        stop.check()
         active = Active() if last is not None and self._over(last) else begin(self)
         task = replace(
             self._student.task(self.corpora, self._seed),
@@ -137,36 +147,56 @@ class Stage:
         start, selection = self._resume(last)
         session.step = start
         writers = self._writers(start)
-        total = self._plan.samples_before(self.steps)
-        meter = Meter(self.steps, lambda: peak_memory_bytes(self._student.engine.device.type))
         saver = Saver(
             self._folder / "checkpoints",
             self._student.engine,
             self._config.checkpoint,
             lambda step, why: writers.event(step, "save failed", error=why),
+            check=session.check,
         )
+        if last is not None and not last.progress.state.get("evaluated", True):
+            self._evaluate(start, selection, writers)
+            self._save(start, selection, saver, writers)
+        total, engine = self._plan.samples_before(self.steps), self._student.engine
+        meter = Meter(self.steps, lambda: peak_memory_bytes(engine.device.type))
+
+        def attempt(start: int) -> Iterator[StepRecord]:
+            end = start if selection.exhausted else self.steps
+            batches = self._guard.batches(loader.batches, start, end, self._plan.samples_before)
+            rate, clip = (lambda step: self._rate(step, total)), self._config.clip_norm
+            return train(engine, task, batches, rate, clip, stop, meter, self._guard, active.penalties)
+
+        def go_back(step: int) -> tuple[int, Mapping[str, Any]] | None:
+            self._settle(saver)
+            last = checkpoint.go_back(self._folder / "checkpoints", step, session.check)
+            if last is None:
+                return None
+            progress = checkpoint.restore(last, engine, self._identity)
+            selection.restore(progress.state["selection"])
+            writers.rewind(progress.step)
+            writers.event(progress.step, "rolled back", before=step)
+            return progress.step, progress.state["guard"]
+
         with saver, self._student.loader(self._dealt, task) as loader:
-            batches = loader.batches(start, start if selection.exhausted else self.steps)
-            for record in train(
-                self._student.engine,
-                task,
-                batches,
-                lambda step: self._rate(step, total),
-                self._config.clip_norm,
-                stop,
-                meter,
-                active.penalties,
-            ):
+            for record in self._guard.guarded(attempt, start, go_back):
                 session.step = record.step
                 writers.step(record)
                 at_end = record.step == self.steps
-                best = self._evaluate(record.step, selection, writers) if due(record.step, self._every) or at_end else False
-                over = at_end or selection.exhausted or stop.agreed
-                if over or best or due(record.step, self._config.checkpoint.every_steps):
+                try:
+                    best = self._evaluate(record.step, selection, writers) if due(record.step, self._every) or at_end else False
+                except RequeueError:
+                    self._save(record.step, selection, saver, writers, evaluated=False)
+                    self._settle(saver)
+                    writers.close()
+                    raise
+                over = at_end or selection.exhausted
+                if over or best or stop.agreed or due(record.step, self._config.checkpoint.every_steps):
                     self._save(record.step, selection, saver, writers)
+                    if not over and stop.ask():  # a request that came in a save needs no second one
+                        break
                 if selection.exhausted:
                     break
-            saver.settle()
+            self._settle(saver)
         writers.close()
         if stop.agreed and not selection.exhausted and session.step < self.steps:
             raise RequeueError(f"stopped on request after step {session.step} of {self.steps}; the same command continues it")
@@ -188,11 +218,19 @@ class Stage:
         return learning_rate(self._config.schedule, self._config.optimizer.learning_rate, samples, total)
 
     def _resume(self, last: Checkpoint | None) -> tuple[int, Selection]:
+        self._guard = Guard(self._config.guard, self._names, self._folder)
         if last is None:
             return 0, Selection(self._config.selection)
-        progress = checkpoint.restore(last, self._student.engine, self._identity)
+        with heartbeat.section("load"):
+            progress = checkpoint.restore(last, self._student.engine, self._identity)
+        self._guard.resume(progress.state.get("guard"), progress.step)
         selection = Selection.resumed(self._config.selection, progress.state["selection"])
         return self._plan.step_at(Cursor(**progress.cursor)), selection
+
+    def _names(self, step: int) -> list[str]:
+        """What the samples of a step, counted from 1, are called: their keys."""
+        picks = self._plan.picks(step - 1)
+        return [self.corpora[c].keys[n] for c, n in zip(picks.corpus.tolist(), picks.chunk.tolist(), strict=True)]
 
     def _evaluate(self, step: int, selection: Selection, writers: Writers) -> bool:
         """Measures the validation split, if there is one; whether it was the best so far."""
@@ -203,19 +241,27 @@ class Stage:
         writers.evaluation(step, scores)
         return selection.offer(step, scores)
 
-    def _save(self, step: int, selection: Selection, saver: Saver, writers: Writers) -> None:
+    def _save(self, step: int, selection: Selection, saver: Saver, writers: Writers, *, evaluated: bool = True) -> None:
+        """``evaluated``: False where the evaluation that is due at this step was interrupted: a resume begins with it."""
         writers.flush()
         progress = Progress(
             step,
             self._plan.cursor(step)._asdict(),
             self._identity,
             fixed={"dealing": asdict(self._student.dealing)},
-            state={"selection": selection.state()},
+            state={"selection": selection.state(), "guard": self._guard.state()} | ({} if evaluated else {"evaluated": False}),
         )
         best = [selection.best_step] if selection.best_step is not None and self._config.selection.keep == "best" else []
         # Without the best, the stage could not end: it stops now, and goes on from the checkpoint before.
-        if saver.save(progress, protected=best, required=best == [step]):
+        with self._stop.saving(lambda: saver.longest_s):
+            begun = saver.save(progress, protected=best, required=best == [step])
+        if begun:
             writers.event(step, "checkpoint")
+
+    def _settle(self, saver: Saver) -> None:
+        """Waits until the last checkpoint is on the disk."""
+        with self._stop.saving(lambda: saver.longest_s):
+            saver.settle()
 
     def _keep(self, selection: Selection, step: int) -> Kept:
         """Goes back to the best weights, where they are what is to be kept."""

@@ -48,8 +48,8 @@ class Stream:
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """Nobody else onboards onto the lineage inside. Raises InputError, which says who does, if somebody is at it."""
-        lock = self._store.hold()
+        """The lineage may be changed inside, by this job alone: the session has the folder's lease."""
+        lock = self._store.hold(self._session.lease)
         dist.from_first("taking the lineage", lock.__enter__)
         try:
             dist.from_first("opening the lineage", self._open)
@@ -103,6 +103,7 @@ class Stream:
         and what is published has not learned it: it was refused, or rolled back. Raises RefusedError or UndecidedError unless
         ``on_refusal`` is ``continue``.
         """
+        self._stop.check()
         event = self._lifecycle.concluded(name)
         gone = event is not None and name not in self._learned(self._published())
         if event is None or (retry and gone):
@@ -216,9 +217,9 @@ class Stream:
         """Of all that the candidate follows from."""
         tree = to_tree(self._config)
         tree["compute"] = tree["compute"]["max_tokens"]
-        for section in ("gate", "on_refusal"):
+        for section in ("gate", "on_refusal", "control"):
             del tree[section]
-        for section in ("checkpoint", "metrics"):
+        for section in ("checkpoint", "metrics", "guard"):
             del tree["training"][section]
         return digest_of(repr(tree), frozen_digest(self._store.task_folder(name)), str(base))
 

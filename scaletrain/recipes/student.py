@@ -27,6 +27,7 @@ from scaletrain.errors import ConfigError
 from scaletrain.model import Block, Classifier
 from scaletrain.recipes.starting import Origin
 from scaletrain.tasks.classification import TERM, Classification, Logits, Scenario, visible_columns
+from scaletrain.train.control import StopRequest
 from scaletrain.train.evaluate import evaluate
 
 Named = tuple[str, Example]
@@ -74,14 +75,15 @@ class Student:
         scenario: Scenario = "class",
         learning: Learning | None = None,
         dealing: Dealing | None = None,
+        stop: StopRequest | None = None,
     ) -> None:
         """``learning``: None for one that is only evaluated. ``dealing``: the rule that a run was started with; None on a fresh
-        start."""
+        start. ``stop``: what may interrupt an evaluation."""
         classifier, learning = origin.classifier, learning or Learning()
         if config.max_tokens > classifier.max_positions:
             rule = f"the encoder has {classifier.max_positions} positions"
             raise ConfigError("compute.max_tokens", config.max_tokens, rule, f"Set it to at most {classifier.max_positions}")
-        self._config, self.scenario, self.tokenizer_folder = config, scenario, origin.tokenizer_folder
+        self._config, self.scenario, self.tokenizer_folder, self._stop = config, scenario, origin.tokenizer_folder, stop
         self.start_digest = origin.digest
         self._encoder = Encoder(origin.tokenizer_folder, config.max_tokens)
         self.classifier = classifier
@@ -152,7 +154,7 @@ class Student:
         dealt = DealtPlan(plan, [examples.lengths], self.dealing)
         collating = scorer if isinstance(scorer, Classification) else scorer.collate_task
         with self.loader(dealt, collating) as loader:
-            return evaluate(self.engine, scorer, loader.batches(), plan.samples)
+            return evaluate(self.engine, scorer, loader.batches(), plan.samples, self._stop)
 
 
 def frame_of(tokenizer_folder: Path, classifier: Classifier, pad_multiple: int = 1) -> Frame:

@@ -184,18 +184,30 @@ def _braille(dots: set[tuple[int, int]], width: int, height: int) -> list[str]:
 class Writers:
     """Several writers as one, none of which can stop the training.
 
-    Each is made by its opener. The first OSError of a writer (a full disk, a terminal that is gone) is reported on stderr, and
-    the writer is used no more. Any other exception is a bug and passes. ``Writers({})`` is that of the ranks that do not write.
+    Each is made by its opener, from the number of steps that the run has behind it. The first OSError of a writer (a full disk,
+    a terminal that is gone) is reported on stderr, and the writer is used no more. Any other exception is a bug and passes.
+    ``Writers({})`` is that of the ranks that do not write.
     """
 
-    def __init__(self, openers: Mapping[str, Callable[[], Writer]]) -> None:
+    def __init__(self, openers: Mapping[str, Callable[[int], Writer]], start_step: int = 0) -> None:
+        self._openers = openers
         self._writers: dict[str, Writer] = {}
-        for name, opener in openers.items():
+        self._open(start_step)
+
+    def _open(self, start_step: int) -> None:
+        for name, opener in self._openers.items():
             with self._switched_off_on_error(name):
-                self._writers[name] = opener()
+                self._writers[name] = opener(start_step)
+
+    def rewind(self, step: int) -> None:
+        """Drops what was written about later steps than ``step``: the run goes on from there."""
+        self.close()
+        self._open(step)
 
     def step(self, record: StepRecord) -> None:
         self._each(lambda writer: writer.step(record))
+        if record.skipped:
+            self.event(record.step, "skipped", reason=record.skipped)
 
     def evaluation(self, step: int, scores: Mapping[str, float]) -> None:
         """Results of an evaluation after ``step`` steps, by the name of the score."""
@@ -233,11 +245,11 @@ def open_writers(config: MetricsConfig, run: Path, *, start_step: int, total_ste
 
     Raises ConfigError when TensorBoard is asked for and is not installed.
     """
-    openers: dict[str, Callable[[], Writer]] = {}
+    openers: dict[str, Callable[[int], Writer]] = {}
     if config.console != "off":
-        openers["console"] = lambda: Console(Terminal(config.console, total_steps), config.log_every, total_steps)
+        openers["console"] = lambda _: Console(Terminal(config.console, total_steps), config.log_every, total_steps)
     if config.jsonl:
-        openers["metrics.jsonl"] = lambda: Jsonl(run / "metrics.jsonl", start_step)
+        openers["metrics.jsonl"] = lambda start: Jsonl(run / "metrics.jsonl", start)
     if config.tensorboard:
-        openers["tensorboard"] = lambda: TensorBoard(run / "tensorboard", start_step)
-    return Writers(openers)
+        openers["tensorboard"] = lambda start: TensorBoard(run / "tensorboard", start)
+    return Writers(openers, start_step)

@@ -12,10 +12,11 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from scaletrain import dist
+from scaletrain import dist, heartbeat
 from scaletrain.data.loader import Batch
 from scaletrain.engine import Engine
 from scaletrain.errors import ScaletrainError
+from scaletrain.train.control import StopRequest
 from scaletrain.train.loop import attempts
 
 
@@ -30,16 +31,22 @@ class Scorer(Protocol):
         """What is kept of each sample of the slot, in its order: [samples, columns]."""
 
 
-def evaluate(engine: Engine, task: Scorer, batches: Iterable[Batch], samples: int) -> NDArray[np.float64]:
+def evaluate(
+    engine: Engine, task: Scorer, batches: Iterable[Batch], samples: int, stop: StopRequest | None = None
+) -> NDArray[np.float64]:
     """What the task keeps of each of the data set's ``samples``, in the data set's order: [samples, columns]. Collective.
 
-    Raises ScaletrainError on all ranks unless each sample was scored exactly once.
+    Raises ScaletrainError on all ranks unless each sample was scored exactly once, and RequeueError where any rank was asked to
+    ``stop`` meanwhile: what was scored until then is dropped.
     """
     rows = [np.empty((0, 2 + task.columns))]
-    with engine.inference():
+    with engine.inference(), heartbeat.section("evaluation"):
         for batch, failure in attempts(batches):
-            engine.begin(batch.rounds if batch else (), failure=failure)
+            totals = engine.begin(batch.rounds if batch else (), {"stop": float(stop is not None and stop.requested)}, failure)
             assert batch is not None, "begin raises for a failure"
+            if stop is not None and totals["stop"]:
+                stop.agreed = True
+                stop.require_not_agreed("in an evaluation")
             for slot in batch.slots:
                 scores = task.score(engine.forward(slot), slot)
                 rows.append(np.column_stack([slot.samples.corpus, slot.samples.chunk, scores]))

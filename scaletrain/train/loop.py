@@ -6,17 +6,17 @@ sums over them.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from scaletrain import heartbeat
 from scaletrain.data.loader import Batch
 from scaletrain.engine import Engine, Shard
-from scaletrain.errors import DivergedError
 from scaletrain.train.control import StopRequest
+from scaletrain.train.guard import Guard
 from scaletrain.train.metrics import Meter, StepRecord, StepTotals
 
 
@@ -50,12 +50,13 @@ def train(
     max_norm: float | None,
     stop: StopRequest,
     meter: Meter,
+    guard: Guard,
     penalties: Sequence[Penalty] = (),
 ) -> Iterator[StepRecord]:
     """One record per step taken; ends with the batches, or after the step in which any rank was asked to stop (``stop.agreed``).
 
-    ``learning_rate`` is a function of the number of the step, counted from 0. Raises DivergedError on all ranks, with the weights
-    as they were before the step, where the loss or the gradient is not finite.
+    ``learning_rate`` is a function of the number of the step, counted from 0. A step that ``guard`` finds fault with changes
+    nothing; raises DivergedError, on all ranks, where it finds too many.
     """
     names = list(task.weights)
     meter.begin()
@@ -66,20 +67,19 @@ def train(
         sums = torch.zeros(len(names), dtype=torch.float64, device=engine.device)
         for slot in batch.slots:
             terms = task.terms(engine.forward(slot), slot)
-            engine.backward(torch.stack([task.weights[t] * terms[t] / max(1.0, totals[f"count {t}"]) for t in names]).sum())
+            loss = torch.stack([task.weights[t] * terms[t] / max(1.0, totals[f"count {t}"]) for t in names]).sum()
+            with heartbeat.section("backward"):
+                engine.backward(loss)
             sums += torch.stack([terms[t].detach() for t in names]).double()
         values = [penalty.apply(engine.shards()).reshape(1).to(sums) for penalty in penalties]
         norm, sums = engine.clip(max_norm, torch.cat([sums, *values]))
         losses = {t: float(value) / max(1.0, totals[f"count {t}"]) for t, value in zip(names, sums, strict=False)}
         added = {penalty.name: float(value) for penalty, value in zip(penalties, sums[len(names) :], strict=True)}
-        loss = sum(task.weights[t] * losses[t] for t in names) + sum(added.values())
-        if not (math.isfinite(norm) and math.isfinite(loss)):
-            raise DivergedError(
-                f"step {batch.step + 1}: loss {loss}, gradient norm {norm}; the weights of the step before were kept. "
-                "Lower optimizer.learning_rate, lengthen the warm-up, or look at the samples of this step"
-            )
-        rate = learning_rate(batch.step)
-        engine.step(rate)
+        total = sum(task.weights[t] * losses[t] for t in names) + sum(added.values())
+        skipped, rate = guard.judge(batch.step + 1, total, norm), learning_rate(batch.step)
+        if skipped is None:
+            with heartbeat.section("step"):
+                engine.step(rate)
         yield meter.record(
             StepTotals(
                 step=batch.step + 1,
@@ -87,14 +87,16 @@ def train(
                 real_tokens=int(totals["real tokens"]),
                 padded_tokens=int(totals["padded tokens"]),
                 rounds=len(batch.rounds),
-                filler_share=batch.fillers / totals["slots"],
+                filler_share=batch.fillers / max(1.0, totals["slots"]),
             ),
-            loss=loss,
+            loss=total,
             terms=losses | added,
             learning_rate=rate,
             gradient_norm=norm,
             wait_s=batch.wait_s,
+            skipped=skipped,
         )
+        guard.check()
         if stop.agreed:
             return
         meter.begin()  # what was done between two steps, such as an evaluation, belongs to neither
@@ -105,7 +107,8 @@ def attempts(batches: Iterable[Batch]) -> Iterator[tuple[Batch | None, Exception
     stream = iter(batches)
     while True:
         try:
-            batch = next(stream)
+            with heartbeat.section("data"):
+                batch = next(stream)
         except StopIteration:
             return
         except Exception as failure:

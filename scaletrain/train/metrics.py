@@ -81,6 +81,7 @@ class StepRecord:
     memory_bytes: int  # highest so far: allocated by torch on a GPU, resident memory of the process on CPU
     rounds: int
     filler_share: float
+    skipped: str | None = None  # why the step was not taken
 
 
 class Meter:
@@ -126,6 +127,7 @@ class Meter:
         learning_rate: float,
         gradient_norm: float,
         wait_s: float,
+        skipped: str | None = None,
     ) -> StepRecord:
         """The step begun last is over. ``loss`` is the weighted sum of ``terms``; ``wait_s`` is what it waited for data."""
         step_s = self._clock() - self._begun_at
@@ -150,6 +152,7 @@ class Meter:
             memory_bytes=self._memory_bytes(),
             rounds=totals.rounds,
             filler_share=totals.filler_share,
+            skipped=skipped,
         )
 
 

@@ -5,6 +5,7 @@ Pure: it is told scores and answers. All ranks are told the same scores, so that
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Annotated, Any, Literal
@@ -43,6 +44,9 @@ class Selection:
     def offer(self, step: int, scores: Mapping[str, float]) -> bool:
         """Takes note of an evaluation; returns whether it is the best so far."""
         score = scores[self.config.metric]
+        if not math.isfinite(score):
+            self.since_best += 1  # compared with nothing, it would be the best there ever was
+            return False
         gain = 0.0 if self.best_score is None else score - self.best_score
         if self.config.metric == "loss":
             gain = -gain
@@ -60,6 +64,11 @@ class Selection:
     def state(self) -> dict[str, Any]:
         """For a checkpoint."""
         return {name: value for name, value in asdict(self).items() if name != "config"}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Goes back to a checkpoint's ``state``."""
+        for name, value in state.items():
+            setattr(self, name, value)
 
     @classmethod
     def resumed(cls, config: SelectionConfig, state: Mapping[str, Any]) -> Selection:

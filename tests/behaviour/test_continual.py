@@ -8,6 +8,7 @@ import math
 import os
 import shutil
 import signal
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import reduce
@@ -29,6 +30,7 @@ from scaletrain.recipes import continual, finetune, predict
 from scaletrain.recipes.stream import Stream
 from scaletrain.train.metrics import read_jsonl
 from tests import ranks, streams
+from tests.faults.table import Add
 
 METHODS: list[dict[str, Any]] = [
     {"name": "replay", "capacity": 40},
@@ -52,7 +54,7 @@ def settings(root: Path, output: Path, *tasks: str | dict[str, Any], **changes: 
     """The tree of a stream, of three tasks if none are given, that has everything in it: replay, EWC and distillation."""
     trees = [task(root / "data", each) if isinstance(each, str) else each for each in tasks or streams.TASKS]
     training = {**streams.STAGE, "optimizer": {"learning_rate": 5e-3}, "checkpoint": {"every_steps": 2}}
-    compute = {**streams.COMPUTE, "slots": {"micro_batch_tokens": 256, "slot_multiple": 4}}
+    compute = {**streams.COMPUTE, "slots": {"micro_batch_tokens": 256, "slot_multiple": 4}, "samples_per_pass": 8}
     changes = {"training": training, "compute": compute, "methods": METHODS, "gate": {"max_drop": 0.95}, **changes}
     return streams.stream(root / "encoder", output, trees, **changes)
 
@@ -72,8 +74,13 @@ class Point:
     ranks: tuple[int, ...] = (0, 1)
     signal: int = signal.SIGKILL
 
-    def arm(self) -> None:
-        """In this process, which is a rank's own."""
+    @property
+    def asks(self) -> bool:
+        """Whether the rank is only asked to stop."""
+        return self.signal != signal.SIGKILL
+
+    def arm(self, note: Path) -> None:
+        """In this process, which is a rank's own. The time when it happens goes into ``note``."""
         depth, left = 0, self.count
 
         def outer(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -93,6 +100,7 @@ class Point:
                 left -= depth > 0
                 if left == 0 and depth and dist.rank() in self.ranks:
                     left = -1
+                    note.write_text(str(time.monotonic()))
                     os.kill(os.getpid(), self.signal)
                 return function(*arguments, **named)
 
@@ -116,7 +124,17 @@ POINTS = {
     "the teacher's pass": Point("begun", "engine.base:Engine.forward", "recipes.onboarding:Onboarding._begin", count=2),
     "a step, one rank": Point("begun", "engine.base:Engine.forward", "recipes.stage:Stage.run", 14, (1,)),
     "validation": Point("begun", "engine.base:Engine.forward", "recipes.stage:Stage._evaluate"),
+    "the teacher's pass, asked": Point(
+        "begun", "engine.base:Engine.forward", "recipes.onboarding:Onboarding._begin", 2, (1,), signal.SIGTERM
+    ),
+    "validation, asked": Point("begun", "engine.base:Engine.forward", "recipes.stage:Stage._evaluate", 2, (1,), signal.SIGUSR1),
     "Fisher information": Point("trained", "engine.base:Engine.forward", "engine.base:Engine.gradients", count=3),
+    "Fisher information, asked": Point(
+        "trained", "engine.base:Engine.forward", "engine.base:Engine.gradients", 3, (1,), signal.SIGTERM
+    ),
+    "evaluation, asked": Point(
+        "trained", "engine.base:Engine.forward", "recipes.onboarding:Onboarding._evaluate", 3, (0,), signal.SIGINT
+    ),
     "Fisher information, one rank": Point("trained", "engine.base:Engine.forward", "engine.base:Engine.gradients", 3, (1,)),
     "evaluation": Point("trained", "engine.base:Engine.forward", "recipes.onboarding:Onboarding._evaluate", count=3),
     "writing": Point("trained", "recipes.onboarding:save_memory", ranks=(0,)),
@@ -140,7 +158,7 @@ def run(tree: dict[str, Any], point: str | None = None, copies: str | None = Non
 
     Stream._settle = copied  # type: ignore[method-assign]  # in a process of its own
     if point is not None:
-        POINTS[point].arm()
+        POINTS[point].arm(Path(f"{tree['output']}.note"))
     return continual.main(decode(continual.Config, tree))
 
 
@@ -203,7 +221,7 @@ def answers(lineage: Path, texts: Sequence[str], **options: Any) -> list[str]:
 # --------------------------------------------------------------------------------------------------------------- stopped anywhere
 
 
-def test_killed_in_every_phase_of_an_onboarding_it_ends_as_if_it_had_not_been(root: Path, tmp_path: Path) -> None:
+def test_killed_in_every_phase_of_an_onboarding_it_ends_as_if_it_had_not_been(root: Path, tmp_path: Path, fault: Add) -> None:
     """All ranks, or one of them, again and again while the third task is learned: the same ledger, the same bytes of every
     version, the same losses. All the while the model of before is published, whole, and answers."""
     broken, whole = tmp_path / "broken", ledger(root / "whole")
@@ -213,12 +231,16 @@ def test_killed_in_every_phase_of_an_onboarding_it_ends_as_if_it_had_not_been(ro
     for name, point in POINTS.items():
         for rank, outcome in enumerate(ranks.attempt(run, 2, {"tree": tree, "point": name})):
             left = (outcome.get("type", outcome["status"]), outcome.get("exit_code"))
-            if point.signal == signal.SIGTERM:
+            if point.asks:
                 assert left == asked, (name, outcome)
             elif rank == point.ranks[0]:
                 assert left == killed, (name, outcome)
             else:  # was killed as well, or noticed that the first one was
                 assert left == lost or (rank in point.ranks and left == killed), (name, outcome)
+        if point.asks:
+            passed_s = time.monotonic() - float((tmp_path / "broken.note").read_text())
+            assert passed_s < 10
+            fault(fault="F9", injected=f"a signal to one rank of two, {name}", outcome="75, then exact", detect_s=passed_s)
         found = ledger(broken)
         assert found == whole[: len(found)], name
         assert found[-1]["event"] == point.entry, name

@@ -20,14 +20,14 @@ from scaletrain.continual.methods import Ewc
 from scaletrain.continual.methods.ewc import FISHER, QuadraticPenalty
 from scaletrain.data import keyed
 from scaletrain.data.slots import rounds, slots_of_rank
-from scaletrain.engine import Engine, LocalConfig, OptimizerConfig, Shard, Zero3Config
+from scaletrain.engine import Engine, OptimizerConfig, Shard
 from tests import ranks, toy
 
 VOCABULARY, WIDTH, LABELS = 30, 14, (3, 4, 2)
 SAMPLES = 13
 """Of a task: neither 2 nor 4 ranks divide it."""
 RATE, STRENGTH, GAMMA = 0.1, 3.0, 0.5
-ENGINES = [("local", 1), ("zero3", 1), ("zero3", 2), ("zero3", 4)]
+ENGINES = [("local", 1), *((name, 2) for name in toy.ZERO), ("zero0", 4), ("zero3", 1), ("zero3", 4)]
 
 
 class Small(nn.Module):
@@ -82,8 +82,7 @@ def loss(outputs: Tensor, item: Rows) -> Tensor:
 def make(name: str, blocks: int = 2) -> Engine:
     dist.start(toy.CPU)
     model = Small(blocks)
-    config = LocalConfig() if name == "local" else Zero3Config(persistence_threshold=60)
-    return engine.create(config, model, [{"params": list(model.parameters())}], OptimizerConfig(), toy.CPU)
+    return engine.create(toy.config(name), model, [{"params": list(model.parameters())}], OptimizerConfig(), toy.CPU)
 
 
 def move(made: Engine, where: str) -> None:

@@ -258,7 +258,7 @@ def test_a_run_that_is_interrupted_in_every_way_equals_an_uninterrupted_one(
     received = joined(ranks.run(run, 2, {"tree": tree}))
     assert received == {key: value for key, value in whole[1].items() if int(key.split("/")[0]) >= 10}
     assert_same_bytes(output, whole[0])
-    assert json.loads((output / "exit.json").read_text()) == {"code": 0, "step": 20, "reason": "done"}
+    assert json.loads((output / "exit.json").read_text()) == {"code": 0, "step": 20, "reason": "done", "lease": 4}
 
 
 def test_killed_before_the_model_is_written_and_started_again_writes_the_same_one(
@@ -376,7 +376,7 @@ def test_a_run_that_gets_worse_stops_early_with_its_best_weights(
     assert (report(tmp_path / "run")["step"], report(tmp_path / "run")["steps"]) == (turn, end)
     assert [each.progress.step for each in checkpoint.find(tmp_path / "run" / "checkpoints")] == [end, turn]
     assert_model_is(tmp_path / "run", of_step(to_the_end, turn))
-    assert json.loads((tmp_path / "run" / "exit.json").read_text()) == {"code": 0, "step": end, "reason": "done"}
+    assert json.loads((tmp_path / "run" / "exit.json").read_text()) == {"code": 0, "step": end, "reason": "done", "lease": 1}
     before = digests(tmp_path / "run")
     assert ranks.run(run, 2, {"tree": tree}) == [{}, {}]
     after = digests(tmp_path / "run")

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from scaletrain.errors import StorageError
+from scaletrain import lease
 from scaletrain.launcher import Job, LocalConfig, local
 
 RECORD = "import json, os; rank = int(os.environ['RANK']); print('rank', rank, 'is here', flush=True)\n"
@@ -162,13 +162,15 @@ def test_a_free_port_can_be_bound() -> None:
         one.bind(("127.0.0.1", local.free_port()))
 
 
-def test_an_old_record_that_cannot_be_removed_is_a_storage_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(path: Path, missing_ok: bool = False) -> None:
-        raise PermissionError(13, "Permission denied")
-
-    monkeypatch.setattr(Path, "unlink", refuse)
-    with pytest.raises(StorageError, match=r"exit\.json: got 'Permission denied'; .* Make the run folder writable"):
-        local.run(LocalConfig(), Job(argv=program(""), output=tmp_path))
+def test_the_record_of_a_job_that_has_the_folder_stays_and_does_not_count(tmp_path: Path) -> None:
+    """It ends while this launch, which is refused, is under way."""
+    held = lease.claim(tmp_path)
+    text = "import json; json.dump({'code': 0, 'lease': 1}, open(%r, 'w')); raise SystemExit(65)"
+    job = Job(argv=program(text % str(tmp_path / "exit.json")), output=tmp_path)
+    assert local.run(LocalConfig(), job) == 65
+    assert json.loads((tmp_path / "exit.json").read_text()) == {"code": 0, "lease": 1}
+    assert local.run(LocalConfig(), Job(argv=program("raise SystemExit(65)"), output=tmp_path)) == 65
+    held.release()
 
 
 def test_signals_have_their_former_meaning_after_a_job() -> None:

@@ -84,8 +84,10 @@ def events(lineage: Path) -> list[str]:
 
 def contents(folder: Path) -> dict[str, bytes]:
     """Every file but the record of how the last command ended, and who held the lineage last."""
-    passing = ("exit.json", "lock")
-    return {str(f.relative_to(folder)): f.read_bytes() for f in folder.rglob("*") if f.is_file() and f.name not in passing}
+    passing = ("exit.json", "lease-")
+    return {
+        str(f.relative_to(folder)): f.read_bytes() for f in folder.rglob("*") if f.is_file() and not f.name.startswith(passing)
+    }
 
 
 def refused(lineage: Path, verb: str, *words: str | Path) -> str:
@@ -361,14 +363,18 @@ def test_a_second_onboarding_is_told_who_is_at_it_and_since_when(root: Path, lin
         while thread.is_alive() and not go.with_suffix(".reached").exists():
             time.sleep(0.01)
         other = written(tmp_path / "gems.yaml", streams.task(root / "data", "gems", ("ruby", "opal")))
-        message = refused(lineage, "onboard", lineage, "--task", other)
-        assert run("rollback", lineage) == (65, message)
+        before = contents(lineage)
+        code, message = run("onboard", lineage, "--task", other)
+        assert code == 65
+        assert run("rollback", lineage) == (65, message.replace("output: ", "lineage: "))
         assert run("history", lineage)[0] == 0
+        assert contents(lineage) == before
+        assert not (lineage / "exit.json").exists()  # that of the first is still to come
     finally:
         go.touch()
         thread.join()
     assert f"(pid {first[0]}, since 20" in message
-    assert "only one command at a time" in message
+    assert "only one job at a time" in message
     assert Store(lineage).published() == "0003-birds"
 
 

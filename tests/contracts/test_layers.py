@@ -14,8 +14,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 
 ROWS = (
-    {"errors", "durable"},
-    {"commit", "config", "dist"},
+    {"errors", "durable", "heartbeat"},
+    {"commit", "config", "dist", "lease"},
     {"engine", "data", "model"},
     {"checkpoint"},
     {"train", "tasks", "export", "launcher", "report"},
@@ -26,7 +26,7 @@ ROWS = (
 )
 """From the bottom up. A part may import those of lower rows, and not its neighbours."""
 HEIGHT = {part: height for height, row in enumerate(ROWS) for part in row}
-ONLY = {"launcher": {"config", "errors"}, "commit": {"durable", "errors"}}
+ONLY = {"launcher": {"config", "errors", "heartbeat", "lease"}, "commit": {"durable", "errors"}}
 """Parts that may import less than the rows below them: a launcher runs on login nodes, where there is no torch, and what decides
 whether a checkpoint exists is bytes and JSON alone."""
 

@@ -45,16 +45,27 @@ def run(prepared: Path, output: Path, engine: dict[str, Any]) -> tuple[Tensor, d
 
 
 def both(
-    prepared: Path, folder: Path, precision: str
+    prepared: Path, folder: Path, precision: str, engine: dict[str, Any]
 ) -> tuple[tuple[Tensor, dict[str, Tensor]], tuple[Tensor, dict[str, Tensor]]]:
-    """What `run` gives on the local engine and under ZeRO-3, with dropout 0.1 and unequal masked counts."""
-    zero3 = {"name": "zero3", "precision": precision, "persistence_threshold": 1000}
-    return run(prepared, folder / "local", {"name": "local", "precision": precision}), run(prepared, folder / "zero3", zero3)
+    """What `run` gives on the local engine and on another, with dropout 0.1 and unequal masked counts."""
+    plain = {"name": "local", "precision": precision}
+    return run(prepared, folder / "local", plain), run(prepared, folder / "zero", {**engine, "precision": precision})
 
 
-def test_zero3_equals_plain_pytorch_in_fp32(prepared: Path, tmp_path: Path) -> None:
+ZERO3 = {"name": "zero3", "persistence_threshold": 1000}
+ENGINES: list[dict[str, Any]] = [
+    ZERO3,
+    {**ZERO3, "offload": "cpu"},
+    {"name": "zero0"},
+    {"name": "zero1", "offload": "cpu"},
+    {"name": "zero2", "bucket_elements": 1000},
+]
+
+
+@pytest.mark.parametrize("engine", ENGINES, ids=lambda engine: "-".join(map(str, engine.values())))
+def test_an_engine_equals_plain_pytorch_in_fp32(prepared: Path, tmp_path: Path, engine: dict[str, Any]) -> None:
     """Losses and weights to 1e-4: CUDA adds up embedding gradients in no fixed order."""
-    (expected, reference), (losses, weights) = both(prepared, tmp_path, "fp32")
+    (expected, reference), (losses, weights) = both(prepared, tmp_path, "fp32", engine)
     assert len(expected) == 20
     assert expected[-1] < expected[0] - 0.3
     torch.testing.assert_close(losses, expected, rtol=0, atol=1e-4)
@@ -65,7 +76,7 @@ def test_zero3_equals_plain_pytorch_in_fp32(prepared: Path, tmp_path: Path) -> N
 
 def test_zero3_equals_plain_pytorch_in_bf16_to_its_rounding(prepared: Path, tmp_path: Path) -> None:
     """Losses only: AdamW makes steps of full size out of rounding noise where the true gradient is zero. Masters stay fp32."""
-    (expected, _), (losses, weights) = both(prepared, tmp_path, "bf16")
+    (expected, _), (losses, weights) = both(prepared, tmp_path, "bf16", ZERO3)
     assert expected[-1] < expected[0] - 0.3
     torch.testing.assert_close(losses, expected, rtol=2e-2, atol=0)
     assert any(not torch.equal(value, value.bfloat16().float()) for value in weights.values())

@@ -71,7 +71,7 @@ def expected(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> list[s
     output = tmp_path_factory.mktemp("whole") / "run"
     done = run(launch(written(prepared, output)))
     assert done.returncode == 0, done.stderr
-    assert record(output) == {"code": 0, "step": STEPS, "reason": "done"}
+    assert record(output) == {"code": 0, "step": STEPS, "reason": "done", "lease": 1}
     found = losses(output)
     assert len(found) == len(set(found)) == STEPS
     return found
@@ -138,7 +138,7 @@ def test_a_request_to_stop_is_a_checkpoint_and_75_and_the_same_command_ends_as_i
     done = run(launch(file))
     assert done.returncode == 0, done.stderr
     assert losses(tmp_path / "run") == expected
-    assert record(tmp_path / "run") == {"code": 0, "step": STEPS, "reason": "done"}
+    assert record(tmp_path / "run") == {"code": 0, "step": STEPS, "reason": "done", "lease": 2}
 
 
 def test_a_rank_that_is_killed_ends_the_job_within_seconds_and_leaves_no_process(prepared: Path, tmp_path: Path) -> None:
@@ -181,6 +181,6 @@ def test_deepspeeds_own_launcher_gives_the_same_losses_and_needs_no_compiler(
     done = run(command, RANKS="2", PATH=no_compiler, TORCH_EXTENSIONS_DIR=str(built), CC="", CXX="")
     assert done.returncode == 0, done.stderr
     assert losses(tmp_path / "other") == expected
-    assert record(tmp_path / "other") == {"code": 0, "step": STEPS, "reason": "done"}
+    assert record(tmp_path / "other") == {"code": 0, "step": STEPS, "reason": "done", "lease": 1}
     assert not (tmp_path / "run").exists()
     assert not list(built.rglob("build.ninja"))

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ import yaml
 from scaletrain import checkpoint
 from scaletrain.train.metrics import read_jsonl
 from tests import streams, tiny
+from tests.faults.table import Add
 from tests.hosts import ADDRESSES, NAMES, Hosts, missing, two_hosts
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -172,6 +173,46 @@ def test_a_request_to_stop_is_a_checkpoint_and_75_on_all_hosts(hosts: Hosts, inp
     stopped = record(output)
     assert stopped["code"] == 75
     assert [each.progress.step for each in checkpoint.find(output / "checkpoints")] == [stopped["step"]]
+
+
+def test_a_job_goes_on_without_a_host_that_was_lost(tmp_path: Path, inputs: Path, fault: Add) -> None:
+    """Everything on it dies at once, and it does not come back: one rank takes the steps of two, with the same losses."""
+    if reason := missing():
+        pytest.skip(reason)
+    changes = {"steps": 24, "checkpoint": {"every_steps": 2}}
+    assert run(launch(["backend.ranks=2"], job("pretrain", inputs, tmp_path / "whole", **changes))).returncode == 0
+    (tmp_path / "hosts").mkdir()
+    restarts = {"restarts.attempts": 2, "restarts.backoff_s": 0.2, "min_hosts": 1, "peer_grace_s": 1.0}
+    with two_hosts(tmp_path / "hosts") as hosts:
+        settings = backend(hosts, tmp_path / "hosts", "ssh", **restarts)
+        command = hosts.on_first(launch(settings, job("pretrain", inputs, tmp_path / "run", **changes)))
+        launcher = subprocess.Popen(command, cwd=ROOT, env=environment(), stderr=subprocess.PIPE, text=True)
+        try:
+            metrics = tmp_path / "run/metrics.jsonl"
+            assert wait_until(lambda: metrics.exists() and len(losses(tmp_path / "run")) > 4)
+            killed = time.monotonic()
+            for number in (hosts.daemons[1], *hosts.processes(1)):
+                with suppress(ProcessLookupError):
+                    os.kill(number, signal.SIGKILL)
+            _, said = launcher.communicate(timeout=TIMEOUT_S)
+        finally:
+            launcher.kill()
+            launcher.communicate()
+    assert launcher.returncode == 0, said
+    assert "warning: beta is left out: " in said
+    rows = [json.loads(line) for line in (tmp_path / "run/attempts.jsonl").read_text().splitlines()]
+    assert [row["code"] for row in rows] == [76, 0]
+    left, right = ([float.fromhex(each) for each in losses(tmp_path / name)] for name in ("whole", "run"))
+    assert right == pytest.approx(left, abs=1e-5)
+    assert checkpoint.find(tmp_path / "run/checkpoints")[0].manifest["world_size"] == 1
+    detect_s = max(0.0, time.monotonic() - killed - rows[1]["seconds"])
+    fault(
+        fault="F8",
+        injected="one host of two is gone",
+        outcome="goes on with one; losses to 1e-5",
+        detect_s=detect_s,
+        lost_steps=1,
+    )
 
 
 # ------------------------------------------------------------------------------- how a job ends, with ranks that learn nothing

@@ -168,7 +168,7 @@ def test_everything_is_on_the_disk_before_it_gets_its_name(lineage: Path, monkey
     monkeypatch.setattr(os, "rename", moving("rename"))
     monkeypatch.setattr(os, "replace", moving("replace"))
     onboard(lineage, THIRD)
-    assert renamed == ["MANIFEST.json", THIRD, "published"]
+    assert renamed == ["MANIFEST.json", THIRD, "published", "lease-00000003.json"]
     assert {str(lineage), str(lineage / "versions")} <= synced
 
 

@@ -13,13 +13,14 @@ from typing import Any
 import pytest
 
 import scaletrain
-from scaletrain.config import decode
+from scaletrain.config import decode, to_tree
 from scaletrain.errors import ConfigError, InputError, StorageError
 from scaletrain.launcher import DeepspeedConfig, Job, LaunchConfig, deepspeed, launch
 from scaletrain.launcher.deepspeed import Meeting
 from scaletrain.launcher.hostfile import Host
 from scaletrain.launcher.node import Sight
 from scaletrain.launcher.transport import Transport
+from scaletrain.launcher.watch import Limits
 
 SIGHT = {"address": "10.0.0.9", "port": 1, "sees_shared": True, "version": scaletrain.__version__}
 SSH = f"""#!/bin/sh
@@ -84,6 +85,7 @@ def test_a_plan_has_one_carrier_per_host_and_its_ranks_with_their_environment() 
         "address": "10.0.0.1",
     }
     order |= {"port": 7, "grace_s": 5.0, "peer_grace_s": 10.0, "logs": "logs"}
+    order |= {"limits": to_tree(Limits()), "stacks": None}
     command = f"cd /w && exec env A='b c' /python -m scaletrain.launcher '{json.dumps(order)}'"
     assert [(carrier.node, carrier.rank) for carrier in plan.carriers] == [("n1", 0), ("n2", 1)]
     assert plan.carriers[1].argv == ("ssh", "-x", "--", "n2", command)

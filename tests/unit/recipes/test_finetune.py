@@ -53,19 +53,24 @@ def command(tree: dict[str, Any], *overrides: str) -> list[str]:
 
 def contents(folder: Path) -> dict[str, bytes]:
     """Every file in a run folder but the record of how the last start ended."""
-    return {str(f.relative_to(folder)): f.read_bytes() for f in folder.rglob("*") if f.is_file() and f.name != "exit.json"}
+    return {
+        str(f.relative_to(folder)): f.read_bytes()
+        for f in folder.rglob("*")
+        if f.is_file() and not f.name.startswith(("exit.json", "lease-"))
+    }
 
 
 def refused(tree: dict[str, Any], *overrides: str) -> str:
-    """The message of a run that ends with 65, is on record, and leaves the run folder as it was."""
+    """The message of a run that ends with 65, is on record, and leaves the run folder as it was; its first line."""
     output = Path(tree["output"])
     before = contents(output)
     code, message = ended(command(tree, *overrides))
     assert code == 65, message
     assert contents(output) == before
     record = json.loads((output / "exit.json").read_text())
-    assert (record["code"], record["reason"]) == (65, message)
-    return message
+    first, *others = message.split("\n  ")
+    assert (record["code"], record["reason"].splitlines()) == (65, [first, *others])
+    return first
 
 
 def fresh(encoder: Path, folder: Path) -> dict[str, Any]:

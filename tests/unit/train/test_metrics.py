@@ -419,7 +419,7 @@ class Failing:
 def test_a_writer_that_fails_is_reported_once_and_the_others_go_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     failing = Failing(OSError(errno.ENOSPC, "No space left on device"))
     path = tmp_path / "metrics.jsonl"
-    writers = Writers({"disk": lambda: failing, "metrics.jsonl": lambda: Jsonl(path, 0)})
+    writers = Writers({"disk": lambda _: failing, "metrics.jsonl": lambda start: Jsonl(path, start)})
     for step in (1, 2, 3):
         writers.step(replace(RECORD, step=step))
     writers.close()
@@ -438,7 +438,7 @@ def test_a_run_folder_that_cannot_be_written_does_not_stop_the_run(tmp_path: Pat
 
 
 def test_an_error_that_is_not_the_systems_passes() -> None:
-    writers = Writers({"bug": lambda: Failing(KeyError("loss"))})
+    writers = Writers({"bug": lambda _: Failing(KeyError("loss"))})
     with pytest.raises(KeyError):
         writers.step(RECORD)
 
@@ -450,7 +450,7 @@ def test_a_stderr_that_is_gone_does_not_stop_the_run(monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(sys, "stderr", Gone())
     failing = Failing(OSError(errno.EIO, "Input/output error"))
-    writers = Writers({"console": lambda: failing})
+    writers = Writers({"console": lambda _: failing})
     writers.step(RECORD)
     writers.step(RECORD)
     assert failing.calls == 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -46,3 +47,15 @@ def test_a_resumed_selection_goes_on_where_it_was() -> None:
         for step, score in enumerate(scores[cut:], start=cut + 1):
             selection.offer(step, {"accuracy": score})
         assert selection.state() == whole.state()
+
+
+def test_a_score_that_is_not_a_number_is_never_the_best() -> None:
+    """Compared with nothing, it would be; and after it, nothing would be better."""
+    selection = Selection(SelectionConfig(metric="loss", patience=3))
+    assert [selection.offer(step, {"loss": loss}) for step, loss in enumerate([math.nan, 2.0, math.nan, 1.0])] == [
+        False,
+        True,
+        False,
+        True,
+    ]
+    assert (selection.best_step, selection.since_best) == (3, 0)

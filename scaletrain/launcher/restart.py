@@ -1,0 +1,96 @@
+"""A job that failed is started again, as long as that leads somewhere."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field
+
+from scaletrain.errors import PeerLostError, ScaletrainError, StorageError
+
+WORTH_IT = (ScaletrainError.exit_code, StorageError.exit_code, PeerLostError.exit_code)
+"""Exit codes after which another start may go better: a bug, a disk, a rank that was lost. Not bad input, nor a verdict."""
+RECORD = "attempts.jsonl"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Restarts:
+    """What follows from a failure. A job that was asked to stop is never started again: whoever asked will do that."""
+
+    attempts: Annotated[int, Field(ge=0)] = 0
+    """How often a job that failed (exit codes 70, 74, 76) is started again; it continues from its newest checkpoint."""
+    backoff_s: Annotated[float, Field(ge=0)] = 10.0
+    """Seconds before the first of them; each wait is twice the one before."""
+    longest_backoff_s: Annotated[float, Field(ge=0)] = 600.0
+    """But no longer than this."""
+    no_progress: Annotated[int, Field(ge=1)] = 3
+    """So many failures in a row without a new checkpoint between them are the last."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ending:
+    """How one attempt ended."""
+
+    code: int
+    asked: bool = False
+    """Whether it was asked to stop."""
+    stalled: str | None = None
+    """Who hung, and in what."""
+
+
+def again(config: Restarts, once: Callable[[int], Ending], output: Path | None) -> int:
+    """The exit code of the last of as many ``once(number)`` as it takes; each leaves a line in ``attempts.jsonl``."""
+    failures, before = 0, None
+    for number in range(config.attempts + 1):
+        began = time.monotonic()
+        ending = once(number)
+        stands = standing(output)
+        if config.attempts:
+            _note(output, number, ending, time.monotonic() - began, stands)
+        if ending.code not in WORTH_IT or ending.asked or number == config.attempts:
+            return ending.code
+        failures, before = (failures + 1 if stands == before else 1), stands
+        if failures >= config.no_progress:
+            print(f"error: {failures} attempts in a row have ended at {stands}; it is given up", file=sys.stderr)
+            return ending.code
+        wait_s = min(config.backoff_s * 2**number, config.longest_backoff_s)
+        left = config.attempts - number
+        print(f"the job ended with {ending.code}, at {stands}; started again in {wait_s:g} s ({left} left)", file=sys.stderr)
+        time.sleep(wait_s)
+    raise AssertionError("the last attempt returns")
+
+
+def standing(output: Path | None) -> str:
+    """How far a run or a lineage has come, by the names of its newest checkpoints."""
+    if output is None:
+        return "its beginning"
+    places = [*output.glob("checkpoints/step-*"), *output.glob("work/*/checkpoints/step-*"), *output.glob("versions/*")]
+    newest: dict[Path, str] = {}
+    for place in places:
+        newest[place.parent] = max(place.name, newest.get(place.parent, ""))
+    return ", ".join(str((folder / name).relative_to(output)) for folder, name in sorted(newest.items())) or "its beginning"
+
+
+def _note(output: Path | None, number: int, ending: Ending, seconds: float, stands: str) -> None:
+    if output is None:
+        return
+    step, reason = None, ending.stalled
+    try:
+        said = json.loads((output / "exit.json").read_bytes())
+        if said.get("code") == ending.code:
+            step, reason = said.get("step"), reason or said.get("reason")
+    except (OSError, ValueError):
+        pass
+    row = {"attempt": number, "code": ending.code, "reason": reason, "step": step, "stands": stands, "seconds": round(seconds, 3)}
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        with (output / RECORD).open("a") as file:
+            file.write(json.dumps(row) + "\n")
+    except OSError as error:
+        print(f"warning: {output / RECORD} could not be written: {error}", file=sys.stderr)
