@@ -36,7 +36,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def settings(prepared: Path, output: Path) -> dict[str, Any]:
-    return tiny.settings(prepared, output, steps=16, checkpoint={"every_steps": 2, "keep": 2})
+    return tiny.settings(prepared, output, steps=16, checkpoint={"every_steps": 2, "keep": 2, "asynchronous": False})
 
 
 def train(tree: dict[str, Any], deaths: list[str], lives: str) -> None:

@@ -89,7 +89,7 @@ def test_a_disk_that_fails_on_one_rank_stops_no_training_until_it_has_failed_too
 def test_saves_that_fail_in_a_row_end_the_run_on_all_ranks(tmp_path: Path, fault: Add) -> None:
     arguments = {"folder": str(tmp_path), "failures": 2, "asynchronous": True}
     for left in ranks.run(saves_on_a_failing_disk, 2, arguments):
-        assert (left["alarms"], left["trained"], left["code"]) == ([2, 3], 3, 74)
+        assert (left["alarms"], left["trained"], left["code"]) == ([2, 3], 4, 74)
         assert left["error"].startswith("2 saves in a row have failed; the last one: ")
     assert steps_in(tmp_path) == [1]
     fault(fault="F22", injected="saves fail in a row", times=2, outcome="all ranks end with 74, the older one is whole")

@@ -15,6 +15,7 @@ import pytest
 import yaml
 
 from scaletrain import checkpoint, dist, lease
+from scaletrain.commit import folder
 from scaletrain.config import decode
 from scaletrain.recipes import pretrain
 from scaletrain.recipes.pretrain import Run
@@ -102,13 +103,13 @@ def test_a_second_job_is_refused_and_the_first_one_does_not_notice(prepared: Pat
 
 def killed(tree: dict[str, Any]) -> None:
     """Both ranks, in the middle of a save."""
-    write = checkpoint.writing.write_file  # type: ignore[attr-defined]
+    write = folder.write_file
 
     def dying(*arguments: Any) -> Any:
         write(*arguments)
         os.kill(os.getpid(), signal.SIGKILL)
 
-    at_save(tree, 4, lambda: setattr(checkpoint.writing, "write_file", dying))  # type: ignore[attr-defined]
+    at_save(tree, 4, lambda: setattr(folder, "write_file", dying))
 
 
 def resumed(tree: dict[str, Any]) -> float:
