@@ -21,15 +21,16 @@ import signal
 import struct
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from types import TracebackType
 
 VARIABLE = "SCALETRAIN_HEARTBEAT"
-"""The file of this rank, without its ending."""
+"""Two open descriptors: of the file for beats, and of that for stacks. They have no names, and go with the last process."""
 SECTIONS = ("other", "start", "data", "forward", "backward", "reduce", "step", "evaluation", "load", "save", "end")
 DUMP = signal.SIGUSR2
 """Asks a rank for the stacks of all its threads. Its handler is C, and needs no interpreter lock."""
 _LAYOUT = struct.Struct("<QQI")  # beats so far, CLOCK_MONOTONIC in ns, number of the section
+SIZE = _LAYOUT.size
+"""Bytes of the file for the beats."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,15 +76,12 @@ def section(name: str) -> _Section:
 def begin() -> None:
     """Beats from now on, if the launcher asked for it; call it as early as possible. What is not in a section is ``other``."""
     global _file, _count, _within
-    name = os.environ.get(VARIABLE)
-    if name is None or _file is not None:
+    given = os.environ.get(VARIABLE)
+    if given is None or _file is not None:
         return
-    descriptor = os.open(beat_file(Path(name)), os.O_RDWR | os.O_CREAT, 0o600)
-    os.ftruncate(descriptor, _LAYOUT.size)
-    _file, _count, _within = mmap.mmap(descriptor, _LAYOUT.size), 0, [0]
-    os.close(descriptor)
-    stacks = os.open(stack_file(Path(name)), os.O_WRONLY | os.O_CREAT, 0o600)  # for good: a handler has no time to open it
-    faulthandler.register(DUMP, file=stacks, all_threads=True)
+    beat, stack = map(int, given.split(","))
+    _file, _count, _within = mmap.mmap(beat, SIZE), 0, [0]
+    faulthandler.register(DUMP, file=stack, all_threads=True)
     _beat(SECTIONS.index("start"))
 
 
@@ -94,19 +92,7 @@ def _beat(number: int) -> None:
     _LAYOUT.pack_into(_file, 0, _count, time.monotonic_ns(), number)
 
 
-def beat_file(name: Path) -> Path:
-    return name.with_suffix(".beat")
-
-
-def stack_file(name: Path) -> Path:
-    """Where a rank writes its stacks when it is asked."""
-    return name.with_suffix(".stack")
-
-
-def read(name: Path) -> Beat | None:
-    """The last beat of a rank; None before its first."""
-    try:
-        count, at_ns, number = _LAYOUT.unpack(beat_file(name).read_bytes())
-    except (OSError, struct.error):
-        return None
+def read(beat: int) -> Beat | None:
+    """The last beat in the file behind a descriptor; None before the first."""
+    count, at_ns, number = _LAYOUT.unpack(os.pread(beat, SIZE, 0))
     return Beat(count, at_ns / 1e9, SECTIONS[number]) if count and number < len(SECTIONS) else None

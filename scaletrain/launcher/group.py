@@ -104,6 +104,7 @@ class Group:
         child = subprocess.Popen(
             planned.argv,
             env={**os.environ, **planned.env, **(self._watch.environment(planned.rank) if self._watch else {})},
+            pass_fds=self._watch.descriptors(planned.rank) if self._watch else (),
             stdin=self.stdin,
             stdout=sink,
             stderr=None if sink is None else subprocess.STDOUT,
@@ -154,6 +155,7 @@ class Group:
         stall = self._watch.stalled(list(running))
         if stall:
             self.stall = self._watch.dump(stall, running)
+        if self.stall:
             self.cut_short()
 
     def request_stop(self, number: int) -> None:

@@ -71,7 +71,7 @@ def _once(config: LocalConfig, job: Job, number: int) -> Ending:
             finally:
                 group.end()
     code = outcome(group, record)
-    return Ending(code, group.requested is not None, group.stall.text() if group.stall else None)
+    return Ending(code, group.requested is not None, group.stall)
 
 
 def free_port() -> int:

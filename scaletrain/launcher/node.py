@@ -166,7 +166,7 @@ def run_ranks(order: RunRanks) -> int:
     needed = defaults(os.environ, ranks=count, cores=cores, interface=interface_to(order.address))
     plan = on_nodes(order.argv, order.slots, order.address, order.port, needed)
     mine = [process for process in plan.processes if process.node == order.node]
-    with Watch(order.limits, order.stacks) as watch:
+    with Watch(order.limits, order.stacks, alone=len(order.slots) == 1) as watch:
         ranks = _Ranks(mine, grace_s=order.grace_s, peer_grace_s=order.peer_grace_s, logs=order.logs, watch=watch)
         return _run(ranks, order)
 

@@ -14,6 +14,7 @@ from pydantic import Field
 
 from scaletrain import outside
 from scaletrain.errors import PeerLostError, ScaletrainError, StorageError
+from scaletrain.launcher.watch import Stall
 
 WORTH_IT = (ScaletrainError.exit_code, StorageError.exit_code, PeerLostError.exit_code)
 """Exit codes after which another start may go better: a bug, a disk, a rank that was lost. Not bad input, nor a verdict."""
@@ -41,8 +42,10 @@ class Ending:
     code: int
     asked: bool = False
     """Whether it was asked to stop."""
-    stalled: str | None = None
+    stall: Stall | None = None
     """Who hung, and in what."""
+    reason: str | None = None
+    """Where ``exit.json`` says nothing."""
 
 
 def again(config: Restarts, once: Callable[[int], Ending], output: Path | None) -> int:
@@ -50,9 +53,16 @@ def again(config: Restarts, once: Callable[[int], Ending], output: Path | None) 
     failures, before = 0, None
     for number in range(config.attempts + 1):
         began = time.monotonic()
-        ending = once(number)
+        try:
+            ending = once(number)
+        except ScaletrainError as error:
+            if number == 0:
+                raise
+            # What was well when the job began is not now, such as a host that does not answer: it may be again.
+            print(f"error: {error}", file=sys.stderr)
+            ending = Ending(PeerLostError.exit_code, reason=str(error))
         stands = standing(output)
-        if config.attempts:
+        if config.attempts or ending.stall:
             _note(output, number, ending, time.monotonic() - began, stands)
         if ending.code not in WORTH_IT or ending.asked or number == config.attempts:
             return ending.code
@@ -81,7 +91,7 @@ def standing(output: Path | None) -> str:
 def _note(output: Path | None, number: int, ending: Ending, seconds: float, stands: str) -> None:
     if output is None:
         return
-    step, reason = None, ending.stalled
+    step, reason = None, ending.stall.text() if ending.stall else ending.reason
     try:
         said = outside.read_json(output / "exit.json")
         if isinstance(said, dict) and said.get("code") == ending.code:
@@ -89,6 +99,8 @@ def _note(output: Path | None, number: int, ending: Ending, seconds: float, stan
     except (OSError, ValueError):
         pass
     row = {"attempt": number, "code": ending.code, "reason": reason, "step": step, "stands": stands, "seconds": round(seconds, 3)}
+    if ending.stall:
+        row |= {"ranks": ending.stall.ranks, "section": ending.stall.section}
     try:
         output.mkdir(parents=True, exist_ok=True)
         with (output / RECORD).open("a") as file:

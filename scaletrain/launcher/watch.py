@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import sys
-import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
@@ -75,35 +73,42 @@ class Stall:
 
 
 class Watch:
-    """Over the ranks of this machine. Used in a ``with``: the folder of the heartbeats goes with it."""
+    """Over the ranks of this machine. Used in a ``with``, which closes its files: they are in memory, and have no names."""
 
-    def __init__(self, limits: Limits, keep: Path | None) -> None:
-        """``keep``: the folder for the stacks of a rank that hung."""
+    def __init__(self, limits: Limits, keep: Path | None, *, alone: bool = True) -> None:
+        """``keep``: the folder for the stacks of a rank that hung. ``alone``: whether this machine has all ranks of the job."""
         self._limits = {entry.name: float(getattr(limits, entry.name)) for entry in fields(limits)}
-        self._keep = keep
+        self._keep, self._alone = keep, alone
         self._began = time.monotonic()
-        memory = Path("/dev/shm")  # a beat must not wait for a disk
-        parent = memory if memory.is_dir() and os.access(memory, os.W_OK) else None
-        self._folder = Path(tempfile.mkdtemp(prefix="scaletrain-", dir=parent))
+        self._not_before = self._began
+        self._files: dict[int, tuple[int, int]] = {}
+        """Rank -> descriptors of its beats and of its stacks."""
 
     def __enter__(self) -> Watch:
         return self
 
     def __exit__(self, *_: object) -> None:
-        shutil.rmtree(self._folder, ignore_errors=True)
+        for descriptor in (each for pair in self._files.values() for each in pair):
+            os.close(descriptor)
+        self._files = {}
+
+    def descriptors(self, rank: int) -> tuple[int, int]:
+        """What a rank inherits."""
+        if rank not in self._files:
+            beat, stack = os.memfd_create(f"beat-{rank}"), os.memfd_create(f"stack-{rank}")
+            os.ftruncate(beat, heartbeat.SIZE)
+            self._files[rank] = beat, stack
+        return self._files[rank]
 
     def environment(self, rank: int) -> Mapping[str, str]:
-        """What a rank needs to know of it."""
-        return {heartbeat.VARIABLE: str(self._name(rank))}
-
-    def _name(self, rank: int) -> Path:
-        return self._folder / f"rank-{rank:05d}"
+        """How it learns of them."""
+        return {heartbeat.VARIABLE: ",".join(map(str, self.descriptors(rank)))}
 
     def stalled(self, running: Sequence[int]) -> Stall | None:
         """Who hangs, of the ranks that are ``running``; None as long as all are within their limits."""
         now = time.monotonic()
-        beats = {rank: heartbeat.read(self._name(rank)) or Beat(0, self._began, "start") for rank in running}
-        if not any(now - beat.at_s > self._limits[beat.section] for beat in beats.values()):
+        beats = {rank: self._beat(rank) or Beat(0, self._began, "start") for rank in running}
+        if now < self._not_before or not any(now - beat.at_s > self._limits[beat.section] for beat in beats.values()):
             return None
         last = min(beat.count for beat in beats.values())
         behind = {rank: beat for rank, beat in beats.items() if beat.count == last}
@@ -111,15 +116,19 @@ class Watch:
         section = next(beat.section for beat in behind.values() if beat.at_s == since)
         return Stall(tuple(rank for rank, beat in behind.items() if beat.section == section), section, now - since)
 
-    def dump(self, stall: Stall, processes: Mapping[int, int]) -> Stall:
+    def dump(self, stall: Stall, processes: Mapping[int, int]) -> Stall | None:
         """Has the ranks (number -> process) write their stacks down, keeps them, and says who it was; returns that.
 
-        Of ranks that are equally far, those that wait in a collective are not the cause.
+        Of ranks that are equally far, those that wait in a collective are not the cause. If all do, it is on another machine,
+        whose watch is given as long again to say so: None.
         """
         stacks = self._stacks(processes)
         waiting = [rank for rank in stall.ranks if _IN_A_COLLECTIVE.search(_innermost(stacks[rank]))]
         if len(waiting) < len(stall.ranks):
             stall = replace(stall, ranks=tuple(rank for rank in stall.ranks if rank not in waiting))
+        elif not self._alone and self._not_before == self._began:
+            self._not_before = time.monotonic() + self._limits[stall.section]
+            return None
         print(f"error: {stall.text()}; the job is ended", file=sys.stderr)
         for line in _innermost(stacks[stall.ranks[0]]).splitlines():
             print(f"[rank {stall.ranks[0]}] {line}", file=sys.stderr)
@@ -134,20 +143,24 @@ class Watch:
         return stall
 
     def _stacks(self, processes: Mapping[int, int]) -> dict[int, str]:
+        before = {rank: os.fstat(self._files[rank][1]).st_size for rank in processes}
         for rank, process in processes.items():
-            if heartbeat.read(self._name(rank)) is not None:  # before it listens, the signal would kill it
+            if self._beat(rank) is not None:  # before it listens, the signal would kill it
                 os.kill(process, heartbeat.DUMP)
-        files = {rank: heartbeat.stack_file(self._name(rank)) for rank in processes}
         patience_ends = time.monotonic() + DUMP_S
-        while time.monotonic() < patience_ends and not all(map(_written, files.values())):
+        while time.monotonic() < patience_ends and not all(self._stack(rank, start) for rank, start in before.items()):
             time.sleep(0.02)
         time.sleep(0.1)  # the last lines
         silent = "it did not answer: not begun, stopped, or held by the kernel\n"
-        return {rank: file.read_text(errors="replace") if _written(file) else silent for rank, file in files.items()}
+        return {rank: self._stack(rank, start) or silent for rank, start in before.items()}
 
+    def _beat(self, rank: int) -> Beat | None:
+        return heartbeat.read(self.descriptors(rank)[0])
 
-def _written(file: Path) -> bool:
-    return file.exists() and file.stat().st_size > 0
+    def _stack(self, rank: int, start: int) -> str:
+        """What a rank has written from a place on."""
+        file = self._files[rank][1]
+        return os.pread(file, max(0, os.fstat(file).st_size - start), start).decode(errors="replace")
 
 
 def _innermost(stacks: str) -> str:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import re
+import subprocess
 import sys
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ from scaletrain import heartbeat
 from scaletrain.config import decode
 from scaletrain.engine import Engine
 from scaletrain.launcher import Job, LocalConfig, local
-from scaletrain.launcher.watch import Limits
+from scaletrain.launcher.watch import Limits, Watch
 from scaletrain.recipes import pretrain
 from tests import tiny
 from tests.faults.table import Add
@@ -64,9 +66,7 @@ def job(folder: Path, *, section: str = "none", hang: str = "pass", pace: float 
 def test_a_rank_that_hangs_is_named_and_the_job_is_ended(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], section: str, how: str, fault: Add
 ) -> None:
-    began = time.monotonic()
     code = local.run(LocalConfig(ranks=2, limits=SHORT), job(tmp_path, section=section, hang=HANGS[how]))
-    seconds = time.monotonic() - began
     said = capfd.readouterr().err
     assert code == 76, said
     found = re.search(rf"^error: rank 1 gave no sign of life for ([0-9.]+) s, in {section}; the job is ended$", said, re.M)
@@ -76,7 +76,8 @@ def test_a_rank_that_hangs_is_named_and_the_job_is_ended(
     assert ("in hangs_here" in stacks) == (how != "stopped"), stacks
     assert ("did not answer" in stacks) == (how == "stopped"), stacks
     assert "Current thread" in (tmp_path / "run/stacks/attempt-0/rank-00000.txt").read_text()
-    assert not [each for each in Path("/dev/shm").glob("scaletrain-*") if each.stat().st_mtime > time.time() - seconds]
+    (row,) = map(json.loads, (tmp_path / "run/attempts.jsonl").read_text().splitlines())
+    assert (row["code"], row["ranks"], row["section"]) == (76, [1], section)
     fault(
         fault="F10",
         injected=f"one rank of two {how}, in {section}",
@@ -106,24 +107,59 @@ def test_nothing_is_written_where_nobody_watches(monkeypatch: pytest.MonkeyPatch
         assert heartbeat._file is None
 
 
-def test_sections_return_to_the_one_around_them(tmp_path: Path) -> None:
+def test_sections_return_to_the_one_around_them() -> None:
     text = f"""
-import sys; sys.path.insert(0, {str(ROOT)!r})
-from pathlib import Path
+import os, sys; sys.path.insert(0, {str(ROOT)!r})
 from scaletrain import heartbeat
+beat = int(os.environ[heartbeat.VARIABLE].split(",")[0])
+assert heartbeat.read(beat) is None
 heartbeat.begin()
-name = Path({str(tmp_path / "rank")!r})
-seen = [heartbeat.read(name).section]
+seen = [heartbeat.read(beat).section]
 with heartbeat.section("evaluation"):
     with heartbeat.section("forward"):
-        seen.append(heartbeat.read(name).section)
-    seen.append(heartbeat.read(name).section)
-seen.append(heartbeat.read(name).section)
+        seen.append(heartbeat.read(beat).section)
+    seen.append(heartbeat.read(beat).section)
+seen.append(heartbeat.read(beat).section)
 assert seen == ["start", "forward", "evaluation", "other"], seen
-assert heartbeat.read(name).count == 5
+assert heartbeat.read(beat).count == 5
 """
-    done = Job(argv=("env", f"{heartbeat.VARIABLE}={tmp_path / 'rank'}", sys.executable, "-c", text), output=None)
-    assert local.run(LocalConfig(), done) == 0
+    assert local.run(LocalConfig(), Job(argv=(sys.executable, "-c", text), output=None)) == 0
+
+
+WAITS = """
+import sys, time
+sys.path[:0] = [{root!r}, {folder!r}]
+from scaletrain import heartbeat
+from torch.distributed.fake import all_gather
+heartbeat.begin()
+with heartbeat.section("forward"):
+    all_gather()
+"""
+
+
+def test_where_all_wait_for_another_machine_it_is_given_time_to_speak_first(tmp_path: Path) -> None:
+    """And if nothing comes of that, the ranks here are named after all."""
+    place = tmp_path / "torch/distributed/fake.py"
+    place.parent.mkdir(parents=True)
+    place.write_text("import time\ndef all_gather():\n    time.sleep(60)\n")
+    text = WAITS.format(root=str(ROOT), folder=str(tmp_path))
+    found: dict[bool, list[tuple[int, ...] | None]] = {}
+    for alone in (True, False):
+        with Watch(Limits(start=20, forward=0.3), None, alone=alone) as watch, ExitStack() as stack:
+            members: dict[int, int] = {}
+            for rank in range(2):
+                command, env = [sys.executable, "-S", "-c", text], {**os.environ, **watch.environment(rank)}
+                process = stack.enter_context(subprocess.Popen(command, env=env, pass_fds=watch.descriptors(rank)))
+                stack.callback(process.kill)
+                members[rank] = process.pid
+            found[alone] = []
+            end = time.monotonic() + 20
+            while time.monotonic() < end and not any(found[alone]):
+                if stall := watch.stalled(list(members)):
+                    said = watch.dump(stall, members)
+                    found[alone].append(said.ranks if said else None)
+                time.sleep(0.01)
+    assert found == {True: [(0, 1)], False: [None, (0, 1)]}
 
 
 def hang_in_training(tree: dict[str, Any]) -> None:
