@@ -410,7 +410,6 @@ def test_a_name_that_leads_away_is_seen(tmp_path: Path, name: object) -> None:
     "entries",
     [
         *([{"name": name, "bytes": 6, "sha256": "0"}] for name in [*BAD_NAMES, "below/it"]),
-        [_entry("state-00000-of-00001.safetensors", b"")] * 2,
         [{"name": "state-00000-of-00001.safetensors"}],
         ["state-00000-of-00001.safetensors"],
         {},
@@ -419,6 +418,15 @@ def test_a_name_that_leads_away_is_seen(tmp_path: Path, name: object) -> None:
 )
 def test_a_checkpoint_that_lists_anything_but_its_own_files_is_passed_over(root: Path, entries: Any) -> None:
     _list(root / _LAST, entries)
+    assert _newest(root) == 1
+
+
+def test_a_checkpoint_that_lists_a_file_twice_is_passed_over(root: Path) -> None:
+    """Each entry alone is right."""
+    listed = json.loads((root / _LAST / "MANIFEST.json").read_bytes())["files"]
+    _list(root / _LAST, listed)
+    assert _newest(root) == 2
+    _list(root / _LAST, listed * 2)
     assert _newest(root) == 1
 
 
