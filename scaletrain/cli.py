@@ -11,6 +11,7 @@ import ast
 import importlib
 import inspect
 import json
+import os
 import sys
 import textwrap
 import traceback
@@ -111,6 +112,13 @@ VERBS: Mapping[str, Verb] = {
         module="scaletrain.recipes.export",
         summary="write a checkpoint as a folder that plain transformers loads",
     ),
+    "import-deepspeed": Verb(
+        module="scaletrain.recipes.import_deepspeed",
+        summary="weights of a DeepSpeed checkpoint, as a folder to start from; it is unpickled, so its bytes are code",
+        permissions={"trust": "unpickle the checkpoint: whoever wrote it can run programs as you"},
+        embedded=True,
+        places=("checkpoint",),
+    ),
     "quickstart": Verb(
         module="scaletrain.recipes.quickstart",
         summary="all of it in minutes, without a download: pretrain on two ranks, fine-tune, learn more tasks, publish",
@@ -123,13 +131,17 @@ _LAUNCH_SUMMARY = "run a verb on several ranks and answer with its exit code"
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb. Returns the exit code of `scaletrain.errors`; 130 after Ctrl-C."""
+    # What a run writes holds its data (memory.jsonl, predictions): others get at it where the user says so, with chmod.
+    os.umask(os.umask(0o077) | 0o077)
     # The deepspeed launcher adds --local_rank=N to every command; the rank is read from the environment instead.
     given = [argument for argument in (sys.argv[1:] if argv is None else argv) if not argument.startswith("--local_rank=")]
     try:
         try:
             return _launch(given[1:]) if given[:1] == ["launch"] else _run(given)
         except _UsageError as error:
-            raise ConfigError("command line", " ".join(given), *error.args) from None
+            raise ConfigError(
+                "command line", config.redacted(" ".join(given)), config.redacted(error.args[0]), *error.args[1:]
+            ) from None
     except ScaletrainError as error:
         if "--debug" in given:
             traceback.print_exc()

@@ -22,10 +22,15 @@ import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError, create_model
 from pydantic_core import ErrorDetails
 
-from scaletrain import durable
+from scaletrain import durable, outside
 from scaletrain.errors import ConfigError, StorageError
 
 T = TypeVar("T")
+
+
+_BYTES_MAX = 16 << 20
+_SECRET_URL = re.compile(r"://[^/@\s]*:[^/\s]*@")
+"""The part of a URL that has a user and a password, as in ``scheme://user:password@host`` (RFC 3986, section 3.2.1)."""
 
 
 class _Loader(yaml.SafeLoader):
@@ -69,12 +74,14 @@ def _parse(text: str, where: str) -> Any:
     """Decode one YAML document. Raises ConfigError with the line."""
     try:
         return _Loader(text).get_single_data()
+    except RecursionError:
+        raise ConfigError(where, text[:40], "is nested too deeply") from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark else ""
         problem = getattr(error, "problem", None) or str(error)
         shown = text.splitlines()[mark.line].strip() if mark and mark.line < len(text.splitlines()) else ""
-        raise ConfigError(f"{where}{line}", shown, f"is not valid YAML: {problem}") from None
+        raise ConfigError(f"{where}{line}", redacted(shown), f"is not valid YAML: {problem}") from None
 
 
 def _read(file: Path, ring: tuple[Path, ...] = ()) -> dict[str, Any]:
@@ -82,9 +89,9 @@ def _read(file: Path, ring: tuple[Path, ...] = ()) -> dict[str, Any]:
     if file.resolve() in ring:
         raise ConfigError("base", str(file), f"files may not name each other in a ring: {' -> '.join(map(str, ring))}")
     try:
-        text = file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "not UTF-8 text"
+        text = outside.read_bytes(file, _BYTES_MAX).decode("utf-8")
+    except (OSError, ValueError) as error:
+        reason = "not UTF-8 text" if isinstance(error, UnicodeDecodeError) else getattr(error, "strerror", None) or str(error)
         raise ConfigError("--config" if not ring else "base", str(file), f"must be a readable YAML file: {reason}") from None
     tree = _parse(text, str(file))
     tree = {} if tree is None else tree
@@ -112,7 +119,7 @@ def _override(tree: dict[str, Any], override: str) -> None:
     path, equals, text = override.partition("=")
     keys = path.split(".")
     if not equals or not all(keys):
-        raise ConfigError("override", override, "must have the form key.path=value")
+        raise ConfigError("override", redacted(override), "must have the form key.path=value")
     value, node = _parse(text, f"override {path}"), cast(Any, tree)
     for depth, key in enumerate(keys):
         here = ".".join(keys[:depth]) or "the configuration"
@@ -138,7 +145,23 @@ def load_tree(file: Path | None, overrides: Sequence[str] = ()) -> dict[str, Any
     tree = _read(file) if file is not None else {}
     for override in overrides:
         _override(tree, override)
+    _refuse_secrets(tree, "")
     return tree
+
+
+def _refuse_secrets(node: Any, path: str) -> None:
+    """Raises ConfigError for a URL with a password in it, and does not repeat it: settings are kept beside what they made."""
+    if isinstance(node, str) and _SECRET_URL.search(node):
+        rule = "settings are written into the run's folder and shown in reports, so that a URL may hold no password"
+        raise ConfigError(path, redacted(node), rule, "Keep it where the protocol's client looks for it (~/.netrc, ~/.ssh)")
+    below = node.items() if isinstance(node, Mapping) else enumerate(node) if isinstance(node, list) else ()
+    for key, value in below:
+        _refuse_secrets(value, f"{path}.{key}" if path else str(key))
+
+
+def redacted(text: str) -> str:
+    """The text without the passwords of URLs in it."""
+    return _SECRET_URL.sub("://***@", text)
 
 
 def load(cls: type[T], file: Path | None, overrides: Sequence[str] = ()) -> T:

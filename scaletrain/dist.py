@@ -6,8 +6,12 @@ numbers, bytes and JSON; objects are not pickled. This is the only module that r
 
 from __future__ import annotations
 
+import errno
+import ipaddress
 import json
 import os
+import socket
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -79,9 +83,38 @@ def start(device: torch.device, timeout_s: float = 1800.0) -> Place:
             os.environ.update(_ALONE)  # DeepSpeed asks for them even then
             td.init_process_group(backend, store=td.HashStore(), rank=0, world_size=1, timeout=limit)  # type: ignore[attr-defined]
         else:
-            td.init_process_group(backend, rank=here.rank, world_size=here.world, timeout=limit)
+            store = _store(here, limit)
+            td.init_process_group(backend, store=store, rank=here.rank, world_size=here.world, timeout=limit)
         _host_group = td.group.WORLD if backend == "gloo" else td.new_group(backend="gloo", timeout=limit)
     return here
+
+
+def _store(here: Place, timeout: timedelta) -> Any:
+    """Where the ranks meet, listening at MASTER_ADDR alone; None leaves it to torch, whose store listens at every address.
+
+    That is where a launcher keeps the store itself (torchrun), and where MASTER_ADDR is a name, or of no interface of this host
+    (a service's address): a name may lead elsewhere on this machine than on the others.
+    """
+    name, number = os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", "")
+    address = "127.0.0.1" if name == "localhost" else name
+    if "TORCHELASTIC_USE_AGENT_STORE" in os.environ or not number.isdigit():
+        return None
+    try:
+        family = socket.AF_INET6 if ipaddress.ip_address(address).version == 6 else socket.AF_INET
+    except ValueError:
+        return None
+    door = None
+    if here.rank == 0:
+        try:
+            with socket.create_server((address, int(number)), family=family, backlog=max(128, here.world)) as server:
+                door = server.detach()
+        except OSError as error:
+            if error.errno != errno.EADDRNOTAVAIL:
+                raise PeerLostError(f"rank 0 cannot listen at MASTER_ADDR {address}, MASTER_PORT {number}: {error}") from error
+            warnings.warn(
+                f"MASTER_ADDR {address} is of no interface of rank 0, so that it listens at every address", stacklevel=3
+            )
+    return td.TCPStore(address, int(number), here.world, here.rank == 0, timeout, multi_tenant=True, master_listen_fd=door)  # type: ignore[attr-defined]
 
 
 def stop() -> None:

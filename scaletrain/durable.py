@@ -11,7 +11,9 @@ def write(path: Path, data: bytes) -> None:
     """Writes under another name in the same folder, syncs, and renames. Raises OSError; ``path`` is then as it was."""
     temporary = path.with_name(f".{path.name}.tmp")
     try:
-        with temporary.open("wb") as stream:
+        # A leftover of a killed write goes; a link that somebody puts there instead is not followed.
+        temporary.unlink(missing_ok=True)
+        with open(temporary, "xb", opener=own) as stream:
             stream.write(data)
             stream.flush()
             os.fsync(stream.fileno())
@@ -21,6 +23,11 @@ def write(path: Path, data: bytes) -> None:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
         raise
+
+
+def own(path: str, flags: int) -> int:
+    """For ``open(..., opener=own)``: does not follow a link in the place of the file."""
+    return os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
 
 
 def sync(path: Path) -> None:

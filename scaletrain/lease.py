@@ -35,7 +35,7 @@ from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
-from scaletrain import durable
+from scaletrain import durable, outside
 from scaletrain.errors import LeaseLostError, OccupiedError
 
 BEAT_S = 5.0
@@ -259,7 +259,7 @@ def _written(holder: Holder) -> bytes:
 
 def _read(data: bytes) -> Holder | None:
     try:
-        return Holder(**json.loads(data))
+        return Holder(**outside.parse_json(data))
     except (ValueError, TypeError):
         return None
 

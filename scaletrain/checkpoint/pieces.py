@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from scaletrain import dist
+from scaletrain import dist, outside
 from scaletrain.commit import File
 from scaletrain.errors import CheckpointError
 
@@ -119,14 +119,15 @@ class Pieces:
 
     def __init__(self, folder: Path, manifest: Mapping[str, Any]) -> None:
         self._folder = folder
-        try:
-            self._files = [safe_open(folder / entry["name"], framework="pt") for entry in manifest["files"]]
-        except SafetensorError as failure:
-            raise CheckpointError(str(folder), str(failure), "its files are safetensors", "Use another checkpoint.") from failure
         self._index: dict[str, list[tuple[int, int, int]]] = {}
-        for number, file in enumerate(self._files):
-            for name, (start, length) in json.loads(file.metadata()["pieces"]).items():
-                self._index.setdefault(name, []).append((start, length, number))
+        try:
+            self._files = [safe_open(outside.plain(folder, entry["name"]), framework="pt") for entry in manifest["files"]]
+            for number, file in enumerate(self._files):
+                for name, (start, length) in outside.parse_json(file.metadata()["pieces"]).items():
+                    self._index.setdefault(name, []).append((start, length, number))
+        except (SafetensorError, ValueError, TypeError, KeyError, AttributeError) as error:
+            rule = f"its files must be safetensors with a list of their pieces ({error})"
+            raise CheckpointError(str(folder), "another content", rule, "Use another checkpoint.") from error
 
     def __enter__(self) -> Pieces:
         return self

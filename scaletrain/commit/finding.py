@@ -150,7 +150,9 @@ def _absent(folder: Path, entries: Iterable[Mapping[str, Any]]) -> list[str]:
     found = []
     for entry in entries:
         path = folder / entry["name"]
-        if not path.is_file():
+        if path.is_symlink():  # what it leads to can change without the folder being touched
+            found.append(f"{entry['name']} is a link")
+        elif not path.is_file():
             found.append(f"{entry['name']} is missing")
         elif (size := path.stat().st_size) != entry["bytes"]:
             found.append(f"{entry['name']} has {size} bytes where the manifest says {entry['bytes']}")

@@ -20,7 +20,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from scaletrain import durable
+from scaletrain import durable, outside
 from scaletrain.errors import CheckpointError, StorageError
 
 Entry = dict[str, Any]
@@ -60,7 +60,7 @@ class Ledger:
 
     def _write_at(self, position: int, data: bytes) -> None:
         """Makes ``data`` all that there is from ``position`` on."""
-        descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT, 0o666)
+        descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW, 0o666)
         try:
             os.ftruncate(descriptor, position)
             os.lseek(descriptor, position, os.SEEK_SET)
@@ -99,7 +99,7 @@ class Ledger:
 def parsed(data: bytes) -> Any:
     """The JSON value; None where there is none."""
     with contextlib.suppress(ValueError):
-        return json.loads(data)
+        return outside.parse_json(data)
     return None
 
 

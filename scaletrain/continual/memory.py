@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
-from scaletrain import durable
+from scaletrain import durable, outside
 from scaletrain.data import keyed
 from scaletrain.data.labelled import Example
 from scaletrain.errors import CheckpointError, CorpusError, StorageError
@@ -94,7 +94,7 @@ def load_memory(folder: Path) -> tuple[Remembered, ...]:
     memory = []
     for number, line in enumerate(lines, start=1):
         try:
-            tree = json.loads(line)
+            tree = outside.parse_json(line)
             task, number_drawn = tree.pop("task"), tree.pop("draw")
             memory.append(Remembered(task, Example(**tree), number_drawn))
         except (ValueError, TypeError, KeyError, AttributeError):

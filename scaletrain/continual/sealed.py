@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from scaletrain import durable
+from scaletrain import durable, outside
 from scaletrain.errors import CheckpointError
 
 MANIFEST = "MANIFEST.json"
@@ -42,8 +42,10 @@ def seal(partial: Path, final: Path, check: Callable[[], None] | None = None) ->
 def manifest(folder: Path) -> tuple[str, Files]:
     """The folder's digest, and the files that belong into it. Raises CheckpointError where they cannot be told."""
     try:
-        data = (folder / MANIFEST).read_bytes()
-        files = json.loads(data)["files"]
+        data = outside.read_bytes(outside.plain(folder, MANIFEST))
+        files = outside.parse_json(data)["files"]
+        if not isinstance(files, dict) or not all(map(outside.is_inside, files)):
+            raise ValueError("no list of files in the folder")
     except OSError as error:
         what = MANIFEST if folder.is_dir() else "the version"
         raise CheckpointError(str(folder), error.strerror, f"{what} is missing or cannot be read", RESTORE) from None
@@ -64,7 +66,10 @@ def check(folder: Path, files: Files) -> None:
 
 def check_file(folder: Path, files: Files, name: str) -> None:
     """Raises CheckpointError where one file is missing or not the one of the manifest."""
-    path = folder / name
+    try:
+        path = outside.plain(folder, name)
+    except ValueError as error:
+        raise CheckpointError(str(folder), str(error), "a version is made of plain files", RESTORE) from None
     if name not in files or not path.is_file():
         raise CheckpointError(str(path), "no such file", "it is part of a version", RESTORE)
     if _facts(path) != files[name]:

@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from scaletrain import outside
 from scaletrain.data import index, npy
 from scaletrain.data.tokenizer import folder_digest
 from scaletrain.errors import CorpusError, StorageError, TokenizerError
@@ -47,7 +48,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest of a prepared folder. Raises CorpusError when it is missing, damaged or of another format."""
     file = folder / "manifest.json"
     try:
-        manifest = json.loads(file.read_bytes())
+        manifest = outside.read_json(file)
     except (FileNotFoundError, NotADirectoryError):
         rule = "a prepared folder has a manifest.json" if folder.exists() else "the prepared folder must exist"
         raise CorpusError(str(folder), "no manifest.json" if folder.exists() else "no such folder", rule, _REMEDY) from None
@@ -168,7 +169,11 @@ class Dataset:
 
 def _open_shard(folder: Path, described: Mapping[str, Any], first: int) -> Shard:
     """Check one shard and its index against the manifest."""
-    file = folder / described["file"]
+    try:
+        file = outside.plain(folder, described["file"])
+        outside.plain(folder, str(Path(described["file"]).with_suffix(".idx")))
+    except ValueError as error:
+        raise CorpusError(f"{folder}: manifest.json", str(error), "shards are plain files in the folder", _REMEDY) from None
     try:
         size = file.stat().st_size
     except FileNotFoundError:

@@ -17,7 +17,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from scaletrain import durable
+from scaletrain import durable, outside
 from scaletrain.data.dataset import canonical_digest
 from scaletrain.data.labelled import SPLITS, Labelled
 from scaletrain.data.tables import Example
@@ -25,6 +25,7 @@ from scaletrain.errors import CorpusError, StorageError
 
 FORMAT = 1
 MANIFEST = "task.json"
+_BYTES_MAX = 1 << 40
 _REMEDY = "Freeze the task again from its files, in another folder"
 
 
@@ -58,30 +59,37 @@ def thaw(folder: Path) -> Labelled:
     """Read a frozen folder back. Raises CorpusError, naming the file, for one that is missing or is not as it was written."""
     file = folder / MANIFEST
     try:
-        tree = json.loads(_stored(file))
+        tree = outside.parse_json(_stored(file))
         if tree["format"] != FORMAT:
             raise CorpusError(f"{file}: format", tree["format"], f"this program reads format {FORMAT}", _REMEDY)
         expected = canonical_digest({key: value for key, value in tree.items() if key != "digest"})
         if tree["digest"] != expected:
             raise CorpusError(f"{file}: digest", tree["digest"], f"its contents have {expected}", _REMEDY)
-        described, labels, report = tree["files"], tuple(tree["labels"]), tree["report"]
-    except (ValueError, TypeError, KeyError):
+        digests = {name: entry["sha256"] for name, entry in tree["files"].items()}
+        labels, report = tuple(tree["labels"]), tree["report"]
+    except (ValueError, TypeError, KeyError, AttributeError):
         raise CorpusError(str(file), "no description of a task", "it was written whole", _REMEDY) from None
     splits = {}
     for split in SPLITS:
         file = folder / f"{split}.jsonl"
         data = _stored(file)
         found = hashlib.sha256(data).hexdigest()
-        if found != described[file.name]["sha256"]:
-            rule = f"task.json says {described[file.name]['sha256']}"
+        if found != digests.get(file.name):
+            rule = f"task.json says {digests.get(file.name)}"
             raise CorpusError(str(file), f"{len(data)} bytes with SHA-256 {found}", rule, _REMEDY)
-        splits[split] = tuple(Example(**json.loads(line)) for line in data.decode().split("\n")[:-1])
+        try:
+            splits[split] = tuple(Example(**outside.parse_json(line)) for line in data.decode().split("\n")[:-1])
+        except (ValueError, TypeError):
+            raise CorpusError(str(file), "another content", "a line holds one example", _REMEDY) from None
     return Labelled(splits, labels, report)
 
 
 def frozen_digest(folder: Path) -> str:
     """What ``freeze`` returned for a folder."""
-    return str(json.loads(_stored(folder / MANIFEST))["digest"])
+    try:
+        return str(outside.parse_json(_stored(folder / MANIFEST))["digest"])
+    except (ValueError, TypeError, KeyError):
+        raise CorpusError(str(folder / MANIFEST), "no description of a task", "it was written whole", _REMEDY) from None
 
 
 def _lines(examples: Sequence[Example]) -> bytes:
@@ -90,9 +98,10 @@ def _lines(examples: Sequence[Example]) -> bytes:
 
 def _stored(file: Path) -> bytes:
     try:
-        return file.read_bytes()
-    except OSError as error:
-        raise CorpusError(str(file), error.strerror, "a frozen task has this file", _REMEDY) from None
+        return outside.read_bytes(file, _BYTES_MAX)
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise CorpusError(str(file), reason, "a frozen task has this file", _REMEDY) from None
 
 
 def _require_same(ours: Labelled, frozen: Labelled, folder: Path) -> None:

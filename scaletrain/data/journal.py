@@ -9,15 +9,15 @@ from __future__ import annotations
 
 import dataclasses
 import fcntl
-import json
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from scaletrain import outside
 from scaletrain.data.shards import Written, storage, write_json
-from scaletrain.errors import ConfigError
+from scaletrain.errors import ConfigError, CorpusError
 
 FORMAT = 1
 _HASH_BYTES = 16
@@ -62,11 +62,16 @@ class Journal:
         if not (folder / "progress.json").exists():
             journal.save()
             return journal
-        tree = json.loads((folder / "progress.json").read_bytes())
-        require_same(folder, tree["config"], config)
-        journal.tokenizer, journal.documents = tree["tokenizer"], tree["documents"]
-        journal.splits = {name: SplitState(**state) for name, state in tree["splits"].items()}
-        journal._load_seen(tree["seen"])
+        try:
+            tree = outside.read_json(folder / "progress.json")
+            require_same(folder, tree["config"], config)
+            journal.tokenizer, journal.documents = tree["tokenizer"], tree["documents"]
+            journal.splits = {name: SplitState(**state) for name, state in tree["splits"].items()}
+            seen = int(tree["seen"])
+        except (ValueError, TypeError, KeyError, AttributeError):
+            rule = "it says how far an interrupted prepare has come"
+            raise CorpusError(str(folder / "progress.json"), "another content", rule, "Prepare again with --fresh") from None
+        journal._load_seen(seen)
         return journal
 
     def see(self, hashed: bytes) -> bool:

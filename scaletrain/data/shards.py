@@ -112,7 +112,7 @@ class ShardWriter:
         self._records: list[Records] = []
         with storage(folder):
             self._tar.parent.mkdir(parents=True, exist_ok=True)
-            self._stream: BinaryIO = self._temporary.open("wb", buffering=1 << 20)
+            self._stream: BinaryIO = open(self._temporary, "wb", buffering=1 << 20, opener=durable.own)  # noqa: SIM115
 
     def add(self, data: bytes | memoryview, records: Records) -> None:
         """Append samples as they lie in ``data``; ``records`` describes them with offsets relative to it."""

@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import Field
 
+from scaletrain import outside
 from scaletrain.errors import TokenizerError
 
 if TYPE_CHECKING:
@@ -277,7 +278,7 @@ def _alphabet(words: Mapping[str, int], limit: int) -> list[str]:
 def _read(folder: Path) -> dict[str, Any]:
     file = folder / "tokenizer.json"
     try:
-        tree = json.loads(file.read_bytes())
+        tree = outside.read_json(file)
     except OSError:
         raise TokenizerError(
             str(folder), "no tokenizer.json", "a tokenizer is a folder with one", "Prepare the data again"
@@ -301,9 +302,15 @@ def _named_tokens(folder: Path) -> dict[str, str]:
     named: dict[str, str] = {}
     for file in (folder / "special_tokens_map.json", folder / "tokenizer_config.json"):
         if file.exists():
-            for name, token in json.loads(file.read_bytes()).items():
+            try:
+                tree = outside.read_json(file)
+            except (OSError, ValueError):
+                tree = None
+            if not isinstance(tree, dict):
+                raise TokenizerError(str(file), "not JSON", "it names the special tokens in JSON", "Prepare the data again")
+            for name, token in tree.items():
                 if name in _NEEDED and token is not None:
-                    named[name] = token["content"] if isinstance(token, dict) else token
+                    named[name] = str(token.get("content")) if isinstance(token, dict) else str(token)
     return named
 
 

@@ -22,7 +22,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from scaletrain import durable
+from scaletrain import durable, outside
 from scaletrain.errors import InputError, ScaletrainError, StorageError, TokenizerError
 from scaletrain.model import TokenIds
 
@@ -72,7 +72,6 @@ def put(
         try:
             output.parent.mkdir(parents=True, exist_ok=True)
             partial = Path(tempfile.mkdtemp(dir=output.parent, prefix=f".{output.name}.partial-"))
-            partial.chmod(0o755)  # mkdtemp's folders are private, a published model is not
             write(partial)
             difference = _compare(claim.logits, reload(partial, claim))
             marker = {"format": "scaletrain-export", "version": 1, "max_abs_diff": difference, "source": dict(source or {})}
@@ -105,7 +104,7 @@ def check_place(output: Path) -> None:
 
 def _is_ours(folder: Path) -> bool:
     try:
-        marker = json.loads((folder / MARKER).read_text(encoding="utf-8"))
+        marker = outside.read_json(folder / MARKER)
     except (OSError, ValueError):
         return False
     return isinstance(marker, dict) and marker.get("format") == "scaletrain-export"

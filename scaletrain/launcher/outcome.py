@@ -6,13 +6,12 @@ was not there before and is not that of whoever held the folder then.
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from scaletrain import lease
+from scaletrain import lease, outside
 from scaletrain.errors import PeerLostError, ScaletrainError
 from scaletrain.launcher.group import Group
 
@@ -74,7 +73,7 @@ def _recorded(record: Record | None) -> int | None:
         return None
     data, identity = _read(record.path)
     try:
-        said = json.loads(data)
+        said = outside.parse_json(data)
     except ValueError:
         return None
     if not isinstance(said, dict) or identity == record.before:
@@ -88,8 +87,8 @@ def _recorded(record: Record | None) -> int | None:
 def _read(file: Path) -> tuple[bytes, tuple[int, int] | None]:
     """What is in it, and which file it is. Opened first: NFS then asks the server and not its memory."""
     try:
-        with file.open("rb") as stream:
+        with outside.open_plain(file) as stream:
             found = os.fstat(stream.fileno())
             return stream.read(), (found.st_ino, found.st_mtime_ns)
-    except OSError:
+    except (OSError, ValueError):
         return b"", None

@@ -12,6 +12,7 @@ from typing import Annotated
 
 from pydantic import Field
 
+from scaletrain import outside
 from scaletrain.errors import PeerLostError, ScaletrainError, StorageError
 from scaletrain.launcher.watch import Stall
 
@@ -92,8 +93,8 @@ def _note(output: Path | None, number: int, ending: Ending, seconds: float, stan
         return
     step, reason = None, ending.stall.text() if ending.stall else ending.reason
     try:
-        said = json.loads((output / "exit.json").read_bytes())
-        if said.get("code") == ending.code:
+        said = outside.read_json(output / "exit.json")
+        if isinstance(said, dict) and said.get("code") == ending.code:
             step, reason = said.get("step"), reason or said.get("reason")
     except (OSError, ValueError):
         pass

@@ -28,7 +28,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import MODEL_MAPPING
 
-from scaletrain import durable
+from scaletrain import durable, outside
 from scaletrain.errors import ConfigError, ModelError, StorageError
 from scaletrain.model.classifier import BLOCKS, ENCODER, HeadSpec
 from scaletrain.model.config import max_positions
@@ -103,8 +103,8 @@ def read_model(folder: Path) -> StoredModel:
     """The model in ``folder``. Raises ModelError, which names the file, where one is missing or is not what was written."""
     manifest = _verified(folder)
     try:
-        head = HeadSpec.of_json(json.loads((folder / _HEAD).read_bytes()))
-        hf_config = json.loads((folder / _CONFIG).read_bytes())
+        head = HeadSpec.of_json(outside.read_json(folder / _HEAD))
+        hf_config = outside.read_json(folder / _CONFIG)
         encoder = {ENCODER + name: weight for name, weight in load_file(folder / _WEIGHTS).items()}
         blocks = load_file(folder / _HEAD_WEIGHTS)
     except (OSError, ValueError, SafetensorError, ConfigError) as error:
@@ -174,8 +174,11 @@ def _check_head(head: HeadSpec, blocks: Mapping[str, Tensor]) -> None:
 def _verified(folder: Path) -> dict[str, Any]:
     manifest = _manifest(folder)
     for name, entry in manifest["files"].items():
-        file = folder / name
-        if Path(name).name != name or not file.is_file() or _entry(file) != entry:
+        try:
+            file = outside.plain(folder, name)
+        except ValueError as error:
+            raise ModelError(str(folder / MANIFEST), str(error), "it lists plain files of the folder", "Write it again") from None
+        if "/" in name or not file.is_file() or _entry(file) != entry:
             state = "altered" if file.is_file() else "missing"
             raise ModelError(
                 str(file), state, f"{MANIFEST} lists it with another content", "Restore the folder, or write it again"
@@ -189,11 +192,11 @@ def _verified(folder: Path) -> dict[str, Any]:
 def _manifest(folder: Path) -> dict[str, Any]:
     file, remedy = folder / MANIFEST, "Give a folder that was written whole, or restore this one"
     try:
-        manifest: Any = json.loads(file.read_bytes())
+        manifest: Any = outside.read_json(file)
     except (OSError, ValueError) as error:
         raise ModelError(str(file), str(error), "a model folder says in it what it holds", remedy) from error
     known = isinstance(manifest, dict) and (manifest.get("format"), manifest.get("version")) == (FORMAT, VERSION)
-    if not known:
+    if not known or not isinstance(manifest.get("files"), dict):
         raise ModelError(str(file), "another format", f"must be {FORMAT} version {VERSION}", remedy)
     if _digest({key: value for key, value in manifest.items() if key != "sha256"}) != manifest.get("sha256"):
         raise ModelError(str(file), "altered", "must have the SHA-256 that it gives itself", remedy)

@@ -38,6 +38,9 @@ from scaletrain.model.config import (
 )
 from scaletrain.model.layout import Arrangement
 
+_NAMES_CODE = {"auto_map", "trust_remote_code", "custom_pipelines"}
+"""Keys of a configuration that name code to run, beside those of the attention."""
+
 _logging: Any = transformers_logging  # Transformers types it only in part
 
 PREFIX = "network."
@@ -138,11 +141,27 @@ def fill(model: nn.Module, state: Mapping[str, Tensor]) -> None:
             parameter.copy_(state[name])
 
 
+def _refuse_code(setting: str, source: object, tree: Any, path: str = "") -> None:
+    """Raises ModelError for a configuration that names code to run, at any depth.
+
+    With ``_attn_implementation_internal`` Transformers before 5.3 ran untrusted code of the hub (CVE-2026-4372), and
+    with a nested ``trust_remote_code`` LightGlue's configuration overrode the caller (CVE-2026-5241).
+    """
+    below = tree.items() if isinstance(tree, Mapping) else enumerate(tree) if isinstance(tree, list) else ()
+    for key, value in below:
+        name = str(key)
+        if isinstance(tree, Mapping) and (name in _NAMES_CODE or "attn_implementation" in name) and value:
+            rule = f"its config.json names code to run: {path}{name}"
+            raise ModelError(setting, str(source), rule, "Choose a model that needs none, or delete the key if it does not")
+        _refuse_code(setting, source, value, f"{path}{name}.")
+
+
 def config_of(tree: Mapping[str, Any]) -> PretrainedConfig:
     """The Hugging Face configuration of its plain JSON values (`hf_tree`). Raises ModelError for a model type of another kind."""
     model_type = str(tree.get("model_type"))
     if model_type not in LAYOUTS:
         raise ModelError("model_type", model_type, f"must be one of {', '.join(LAYOUTS)}", "Choose a model of one of these")
+    _refuse_code("config.json", model_type, tree)
     return AutoConfig.for_model(model_type, **{k: v for k, v in tree.items() if k not in ("model_type", "transformers_version")})
 
 
@@ -174,8 +193,12 @@ def _implementation(hf_config: PretrainedConfig, implementation: str) -> str:
 def read_config(setting: str, source: str) -> PretrainedConfig:
     """The configuration in a Hugging Face folder or of a hub name. Raises ModelError, which names the `setting`."""
     try:
+        tree, _ = PretrainedConfig.get_config_dict(source)
+        _refuse_code(setting, source, tree)
         hf_config: PretrainedConfig = AutoConfig.from_pretrained(source, trust_remote_code=False)
-    except (OSError, ValueError) as error:
+    except ModelError:
+        raise
+    except Exception as error:  # what a damaged file raises depends on where it is damaged
         remedy = "Check the folder or the name (HF_HUB_OFFLINE keeps to what is on disk)"
         raise ModelError(setting, source, f"no configuration can be read: {error}", remedy) from error
     if hf_config.model_type not in LAYOUTS:

@@ -175,7 +175,7 @@ def _written(path: Path) -> Iterator[IO[str]]:
     partial = path.with_name(f".{path.name}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with partial.open("w", encoding="utf-8") as out:
+        with open(partial, "w", encoding="utf-8", opener=durable.own) as out:
             yield out
         durable.sync(partial)
         partial.replace(path)

@@ -264,7 +264,9 @@ def _writers(config: PretrainConfig, corpora: Corpora, start: int) -> Writers:
     try:
         if dist.rank() == 0:
             dump(_resolved(config, corpora), config.output / "config.yaml")
-            shutil.copytree(corpora.tokenizer_folder, config.output / "tokenizer", dirs_exist_ok=True)
+            (config.output / "tokenizer").mkdir(exist_ok=True)
+            for file in filter(Path.is_file, corpora.tokenizer_folder.iterdir()):
+                shutil.copyfile(file, config.output / "tokenizer" / file.name)  # not its mode: the run's files are private
     except StorageError as failure:
         error = failure
     except OSError as failure:

@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from scaletrain import report
+from scaletrain import outside, report
 from scaletrain.config import load_tree
 from scaletrain.continual import metrics, store
 from scaletrain.continual.ledger import Ledger
@@ -131,7 +131,7 @@ def _tested(file: Path, problems: list[str]) -> FinalTest | None:
     if not file.is_file():
         return None
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
+        found = outside.read_json(file)
         return FinalTest(
             split=str(found["split"]),
             examples=_whole(found["examples"]),
@@ -151,7 +151,7 @@ def _ending(file: Path, problems: list[str]) -> Ending | None:
     if not file.is_file():
         return None
     with suppress(OSError, ValueError, RecursionError):
-        record = json.loads(file.read_text(encoding="utf-8"))
+        record = outside.read_json(file)
         code = _whole(record.get("code")) if isinstance(record, dict) else None
         if code is not None:
             return Ending(code=code, step=_whole(record.get("step")), reason=str(record.get("reason", "")))
@@ -229,7 +229,7 @@ def _publication(entries: Sequence[Mapping[str, Any]]) -> tuple[str | None, set[
 def _pointed(file: Path) -> str | None:
     """The version that the pointer names."""
     with suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
-        return str(json.loads(file.read_text(encoding="utf-8"))["version"])
+        return str(outside.read_json(file)["version"])
     return None
 
 

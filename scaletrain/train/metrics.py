@@ -27,6 +27,7 @@ from typing import Annotated, Any, Literal, Protocol
 
 from pydantic import Field
 
+from scaletrain import durable
 from scaletrain.errors import ConfigError
 
 ConsoleMode = Literal["auto", "bar", "lines", "off"]
@@ -229,7 +230,7 @@ class Jsonl:
     def __init__(self, path: Path, start_step: int) -> None:
         drop_later_lines(path, start_step)
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = path.open("a", encoding="utf-8")
+        self._file = open(path, "a", encoding="utf-8", opener=durable.own)  # noqa: SIM115
 
     def step(self, record: StepRecord) -> None:
         hexes = {"loss_hex": record.loss.hex(), "gradient_norm_hex": record.gradient_norm.hex()}
@@ -276,7 +277,7 @@ def drop_later_lines(path: Path, start_step: int) -> None:
     if not path.exists():
         return
     temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w", encoding="utf-8") as kept:
+    with open(temporary, "w", encoding="utf-8", opener=durable.own) as kept:
         kept.writelines(f"{json.dumps(row)}\n" for row in read_jsonl(path) if 0 < start_step >= row["step"])
         kept.flush()
         os.fsync(kept.fileno())

@@ -34,6 +34,7 @@ VERBS = {
     "rollback": set(),
     "report": set(),
     "export": set(),
+    "import-deepspeed": {"trust"},
     "quickstart": set(),
 }
 

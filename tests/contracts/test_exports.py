@@ -54,7 +54,9 @@ def test_the_errors_and_their_exit_codes() -> None:
 
 
 def test_the_configuration_mechanism() -> None:
-    assert own_names(config) == {"alternatives", "decode", "dump", "hints_of", "load", "load_tree", "members", "merge", "to_tree"}
+    assert own_names(config) == {
+        *("alternatives", "decode", "dump", "hints_of", "load", "load_tree", "members", "merge", "redacted", "to_tree")
+    }
 
 
 def test_the_launcher() -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import pytest
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import Field
@@ -252,3 +254,32 @@ def test_a_dump_that_fails_leaves_the_old_file_and_no_other(tmp_path: Path, monk
         config.dump(Run(steps=2), tmp_path / "config.yaml")
     assert [file.name for file in tmp_path.iterdir()] == ["config.yaml"]
     assert config.load(Run, tmp_path / "config.yaml") == Run(steps=1)
+
+
+@pytest.mark.parametrize("url", ["https://me:hunter2@host/x", "s3://:hunter2@host", "a b ftp://u:hunter2@h c"])
+def test_a_password_in_a_url_is_refused_and_not_repeated(tmp_path: Path, url: str) -> None:
+    """In a file, its base, a list, an override: what is loaded is written beside what it makes."""
+    base = tmp_path / "base.yaml"
+    base.write_text(yaml.safe_dump({"a": [{"b": url}]}))
+    (tmp_path / "run.yaml").write_text("base: base.yaml\n")
+    for load in (
+        lambda: config.load_tree(tmp_path / "run.yaml"),
+        lambda: config.load_tree(None, [f"a={json.dumps([{'b': url}])}"]),
+    ):
+        with pytest.raises(ConfigError, match=r"a\.0\.b: .*\*\*\*@.* may hold no password") as told:
+            load()
+        assert "ter2" not in str(told.value)
+
+
+def test_a_url_without_a_password_is_a_setting_like_any_other() -> None:
+    assert config.load_tree(None, ["a='https://host:80/x@y'", "b='git@host:x'"]) == {
+        "a": "https://host:80/x@y",
+        "b": "git@host:x",
+    }
+
+
+@pytest.mark.parametrize("override", ["a=[https://me:hunter2@host", "https://me:hunter2@host"])
+def test_a_password_is_not_repeated_by_what_cannot_be_read(override: str) -> None:
+    with pytest.raises(ConfigError) as told:
+        config.load_tree(None, [override])
+    assert "hunter2" not in str(told.value)

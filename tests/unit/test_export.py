@@ -259,10 +259,10 @@ def test_an_output_under_a_file_is_a_storage_error(tokenizer_folder: Path, tmp_p
         run(trained(tokenizer_folder), tokenizer_folder, tmp_path / "file" / "out")
 
 
-def test_the_exported_folder_is_readable_by_others(tokenizer_folder: Path, tmp_path: Path, in_process: None) -> None:
-    """Temporary folders are private; the published one is not."""
+def test_the_exported_folder_is_private(tokenizer_folder: Path, tmp_path: Path, in_process: None) -> None:
+    """Whom else it is for, its owner says with chmod."""
     run(trained(tokenizer_folder), tokenizer_folder, tmp_path / "out")
-    assert os.stat(tmp_path / "out").st_mode & 0o777 == 0o755
+    assert os.stat(tmp_path / "out").st_mode & 0o777 == 0o700
 
 
 def test_fill_masks_gives_one_entry_per_mask(tokenizer_folder: Path, tmp_path: Path, in_process: None) -> None:
