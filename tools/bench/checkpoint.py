@@ -45,9 +45,7 @@ TINY = {"layers": 2, "hidden": 32, "vocabulary": 512, "positions": 64}
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--rounds", type=int, default=5, metavar="N", help="default 5; one more comes first and does not count")
-    parser.add_argument(
-        "--work", type=Path, metavar="DIR", help="on the disk that is to be measured; default: the temporary folder"
-    )
+    parser.add_argument("--work", type=Path, metavar="DIR", help="on the disk to be measured; default: the temporary folder")
     parser.add_argument("--smoke", action="store_true", help="does it still run?")
     options = parser.parse_args(argv)
     rounds = 1 if options.smoke else options.rounds
