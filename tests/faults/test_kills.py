@@ -6,6 +6,8 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ from scaletrain.commit import Boundary
 from tests import ranks, toy
 from tests.faults.table import Add
 
+ROOT = Path(__file__).resolve().parents[2]
 IDENTITY = {"model": "toy"}
 BASE, SAVED, LAST = 4, 6, 26
 """Steps: of the newest checkpoint before the save, of the save that is cut short, and of the end."""
@@ -151,3 +154,17 @@ def boundaries_passed(folder: str) -> list[str]:
         warnings.simplefilter("error")
         checkpoint.save(Path(folder), made, progress(SAVED), keep=2, at=lambda boundary: passed.append(boundary.name))
     return passed
+
+
+def test_random_kills_of_the_protocol_lose_nothing(tmp_path: Path, fault: Add) -> None:
+    """200 of them; ``tools/bench/kills.py`` has thousands, and some of whole runs."""
+    command = [sys.executable, "-m", "tests.faults.random_kills", "200", "1", str(tmp_path / "steps")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    tally = json.loads(done.stdout)
+    print(json.dumps(tally, indent=1))
+    assert tally["wrong"] == []
+    assert tally["kills"] == 200
+    assert tally["in a save"] >= 0.3
+    assert set(tally["statuses"]) == {"signal 9", "exit 76"}
+    injected = f"SIGKILL of one rank or both at a random time, {tally['in a save']:.0%} in a save"
+    fault(fault="F1", injected=injected, times=200, outcome="nothing lost, nothing wrong")

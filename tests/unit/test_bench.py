@@ -183,3 +183,28 @@ def test_the_worst_seed_is_what_counts() -> None:
     values = [check["value"] for check in found.values()]
     assert values == pytest.approx([0.75, 2, 1, -0.5, 0.5, 0.0, 60.0])
     assert [check["target"] for check in found.values()][1:3] == [">= 2", ">= 2"]
+
+
+def test_the_smoke_run_of_kills_loses_nothing(tmp_path: Path) -> None:
+    """30 kills of the protocol and 2 of ZeRO-3; how many of so few are in a save is chance."""
+    done = run(tmp_path, "--smoke", script="kills")
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert (result["bench"], result["smoke"]) == ("kills", True)
+    assert [result["table"][name]["kills"] for name in ("protocol", "zero3")] == [30, 2]
+    wrong = [check["value"] for name, check in result["checks"].items() if "wrong" in name]
+    assert wrong == [0, 0]
+
+
+def test_the_smoke_run_of_checkpoint_measures_every_way(tmp_path: Path) -> None:
+    """Saved and loaded by each, by two ranks; how long a tiny model takes says nothing."""
+    done = run(tmp_path, "--smoke", "--work", str(tmp_path), script="checkpoint")
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert (result["bench"], result["smoke"]) == ("checkpoint", True)
+    assert list(result["table"]) == ["ours", "ours, asynchronous", "deepspeed", "torch DCP", "torch DCP, asynchronous"]
+    for way, row in result["table"].items():
+        assert row["durable_s"]["median"] >= row["blocking_s"]["median"] > 0, way
+        assert row["load_s"]["median"] > 0 and row["bytes"]["median"] > 500_000, way
+    assert [check["target"] for check in result["checks"].values()] == ["<= 0.3", "<= 1.2", "<= 1.2"]
+    assert not list(tmp_path.iterdir())
