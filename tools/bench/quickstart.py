@@ -4,8 +4,8 @@
 
     python tools/bench/quickstart.py [--seeds N] [--work DIR] [--smoke]
 
-Every seed is a whole `scaletrain quickstart` in a folder of its own. ``--smoke`` takes less than two minutes: one seed, a few
-steps, which say nothing about learning. The last line is one JSON object: ``checks`` are the figures with a target, the worst of
+Every seed is a whole `scaletrain quickstart` in a folder of its own. ``--smoke`` is one seed on one rank, and a few steps, which
+say nothing about learning. The last line is one JSON object: ``checks`` are the figures with a target, the worst of
 all seeds, ``table`` has the result of every seed.
 """
 
@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
-SMOKE = ("steps=6", "epochs=0.2")
+SMOKE = ("steps=6", "epochs=0.2", "ranks=1")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
