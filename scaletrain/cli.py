@@ -201,7 +201,8 @@ def _launch(argv: Sequence[str]) -> int:
     verb = VERBS[job[0]]
     asked = _parser(job[0], verb).parse_intermixed_args(job[1:])
     output = config.load_tree(asked.config, _overrides(verb, asked)).get(verb.folder)
-    return launch(settings, job, Path(output) if isinstance(output, str) else None, dry_run=options.dry_run)
+    folder, flags = Path(output) if isinstance(output, str) else None, [f"--{permission}" for permission in verb.permissions]
+    return launch(settings, job, folder, dry_run=options.dry_run, once_only=flags)
 
 
 def _overrides(verb: Verb, options: argparse.Namespace) -> list[str]:

@@ -45,14 +45,22 @@ class LaunchConfig:
     """The launcher: ``local`` runs all ranks on this machine, ``deepspeed`` those of a hostfile."""
 
 
-def launch(config: LaunchConfig, arguments: Sequence[str], output: Path | None, *, dry_run: bool = False) -> int:
+def launch(
+    config: LaunchConfig,
+    arguments: Sequence[str],
+    output: Path | None,
+    *,
+    dry_run: bool = False,
+    once_only: Sequence[str] = (),
+) -> int:
     """Run ``scaletrain`` with ``arguments`` (a verb and what follows it) on every rank; answer with the exit code of the job.
 
     ``output`` is the run folder in which rank 0 leaves ``exit.json``. Without one (or without a record) the job's end is read
-    from its processes. A dry run prints the plan and starts nothing. Raises ConfigError and StorageError.
+    from its processes. Those of the arguments that are ``once_only`` are left out where a failed job is
+    started again. A dry run prints the plan and starts nothing. Raises ConfigError and StorageError.
     """
     # The module by name, not the script: the interpreter of the ranks is then the one that is running now.
-    job = Job(argv=(sys.executable, "-m", "scaletrain", *arguments), output=output)
+    job = Job(argv=(sys.executable, "-m", "scaletrain", *arguments), output=output, once_only=frozenset(once_only))
     match config.backend:
         case LocalConfig():
             return local.run(config.backend, job, dry_run=dry_run)

@@ -29,7 +29,7 @@ from scaletrain.launcher.group import signals_to
 from scaletrain.launcher.hostfile import Host
 from scaletrain.launcher.node import PassOn, RunRanks, Sight
 from scaletrain.launcher.nodes import ANSWER_S, Nodes
-from scaletrain.launcher.outcome import forget, outcome
+from scaletrain.launcher.outcome import forget, outcome, recorded
 from scaletrain.launcher.plan import Job, LaunchPlan, Process, on_nodes
 from scaletrain.launcher.restart import Ending, Restarts, again
 from scaletrain.launcher.transport import Transport
@@ -107,7 +107,7 @@ def run(config: DeepspeedConfig, job: Job, *, dry_run: bool = False) -> int:
         nonlocal hosts
         if number and config.min_hosts is not None:
             hosts = _reachable(config, hosts, way)
-        return _once(config, hosts, job, way, number)
+        return _once(config, hosts, job.attempt(number), way, number)
 
     return again(config.restarts, once, job.output)
 
@@ -149,7 +149,7 @@ def _once(config: DeepspeedConfig, hosts: Sequence[Host], job: Job, way: Transpo
             nodes.wait()
         finally:
             nodes.end()
-    return Ending(outcome(nodes, record), nodes.requested is not None)
+    return Ending(outcome(nodes, record), nodes.requested is not None, said=recorded(record))
 
 
 def plan(

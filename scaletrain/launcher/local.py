@@ -12,7 +12,7 @@ from pydantic import Field
 
 from scaletrain.launcher.group import KEPT_LINES as KEPT_LINES
 from scaletrain.launcher.group import Group, signals_to
-from scaletrain.launcher.outcome import forget, outcome
+from scaletrain.launcher.outcome import forget, outcome, recorded
 from scaletrain.launcher.plan import Job, LaunchPlan, on_one_node
 from scaletrain.launcher.restart import Ending, Restarts, again
 from scaletrain.launcher.watch import Limits, Watch
@@ -45,7 +45,7 @@ def run(config: LocalConfig, job: Job, *, dry_run: bool = False) -> int:
     if dry_run:
         print(_plan(config, job).text())
         return 0
-    return again(config.restarts, lambda number: _once(config, job, number), job.output)
+    return again(config.restarts, lambda number: _once(config, job.attempt(number), number), job.output)
 
 
 def _plan(config: LocalConfig, job: Job) -> LaunchPlan:
@@ -70,8 +70,7 @@ def _once(config: LocalConfig, job: Job, number: int) -> Ending:
                 group.wait()
             finally:
                 group.end()
-    code = outcome(group, record)
-    return Ending(code, group.requested is not None, group.stall)
+    return Ending(outcome(group, record), group.requested is not None, group.stall, recorded(record))
 
 
 def free_port() -> int:

@@ -10,6 +10,7 @@ import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from scaletrain import lease, outside
 from scaletrain.errors import PeerLostError, ScaletrainError
@@ -37,7 +38,8 @@ def forget(output: Path | None) -> Record | None:
 
 def outcome(group: Group, record: Record | None) -> int:
     """The exit code of the job: rank 0's record where there is one, else what the processes of ``group`` say."""
-    said = _recorded(record)
+    found = recorded(record)
+    said = None if found is None else int(found["code"])
     if group.stall is not None and said is None:
         return PeerLostError.exit_code  # and it was said who
     if group.requested is None and said != 0:
@@ -67,8 +69,8 @@ def show(group: Group) -> None:
                 print(line, file=sys.stderr)
 
 
-def _recorded(record: Record | None) -> int | None:
-    """The ``code`` in ``exit.json``; None where there is no whole record of this launch."""
+def recorded(record: Record | None) -> dict[str, Any] | None:
+    """What ``exit.json`` says: code, step, reason. None where there is no whole record of this launch."""
     if record is None:
         return None
     data, identity = _read(record.path)
@@ -81,7 +83,7 @@ def _recorded(record: Record | None) -> int | None:
     code, token = said.get("code"), said.get("lease")
     if isinstance(token, int) and token <= record.token:
         return None  # another job's, which had the folder when this one was started, and ended meanwhile
-    return code if isinstance(code, int) and 0 <= code <= 255 else None
+    return said if isinstance(code, int) and 0 <= code <= 255 else None
 
 
 def _read(file: Path) -> tuple[bytes, tuple[int, int] | None]:

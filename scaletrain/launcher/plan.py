@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 LOCALHOST = "localhost"
@@ -19,6 +19,12 @@ class Job:
     """The command that every rank runs."""
     output: Path | None
     """The run folder, where rank 0 leaves ``exit.json``; None where the verb has none."""
+    once_only: frozenset[str] = frozenset()
+    """Words of the command that are meant for its first start: a job that is started again with ``--fresh`` would get nowhere."""
+
+    def attempt(self, number: int) -> Job:
+        """The job as it is started for the ``number``-th time, counted from 0."""
+        return self if number == 0 else replace(self, argv=tuple(word for word in self.argv if word not in self.once_only))
 
 
 @dataclass(frozen=True, slots=True)

@@ -43,7 +43,7 @@ class Limits:
     backward: Seconds = 900.0
     """The gradient of one slot."""
     reduce: Seconds = 1800.0
-    """Waiting for the other ranks. Longer than the others: whoever waits is not the one that hangs."""
+    """Waiting for the other ranks: also the longest that one of them may work alone, whatever its own limit."""
     step: Seconds = 900.0
     """The optimizer."""
     evaluation: Seconds = 1800.0
@@ -65,10 +65,14 @@ class Stall:
     ranks: tuple[int, ...]
     section: str
     seconds: float
-    """Since the last sign of life."""
+    """Since the last sign of life; or for how long the others have waited."""
+    alive: bool = False
+    """Whether it is within its own limit, and was only waited for too long."""
 
     def text(self) -> str:
         who = f"rank {self.ranks[0]}" if len(self.ranks) == 1 else f"ranks {', '.join(map(str, self.ranks))}"
+        if self.alive:
+            return f"{who} kept the others waiting for {self.seconds:.1f} s, in {self.section}"
         return f"{who} gave no sign of life for {self.seconds:.1f} s, in {self.section}"
 
 
@@ -108,13 +112,16 @@ class Watch:
         """Who hangs, of the ranks that are ``running``; None as long as all are within their limits."""
         now = time.monotonic()
         beats = {rank: self._beat(rank) or Beat(0, self._began, "start") for rank in running}
-        if now < self._not_before or not any(now - beat.at_s > self._limits[beat.section] for beat in beats.values()):
+        over = [rank for rank, beat in beats.items() if now - beat.at_s > self._limits[beat.section]]
+        if now < self._not_before or not over:
             return None
         last = min(beat.count for beat in beats.values())
         behind = {rank: beat for rank, beat in beats.items() if beat.count == last}
         since = min(beat.at_s for beat in behind.values())
         section = next(beat.section for beat in behind.values() if beat.at_s == since)
-        return Stall(tuple(rank for rank, beat in behind.items() if beat.section == section), section, now - since)
+        alive = not set(behind) & set(over)
+        seconds = now - (min(beats[rank].at_s for rank in over) if alive else since)
+        return Stall(tuple(rank for rank, beat in behind.items() if beat.section == section), section, seconds, alive)
 
     def dump(self, stall: Stall, processes: Mapping[int, int]) -> Stall | None:
         """Has the ranks (number -> process) write their stacks down, keeps them, and says who it was; returns that.

@@ -335,7 +335,7 @@ def test_a_checkpoint_of_a_run_on_other_data_is_refused(
 def test_no_checkpoint_that_is_whole_is_not_a_fresh_start(finished: dict[str, Any], tmp_path: Path) -> None:
     tree = {**finished, "output": str(shutil.copytree(finished["output"], tmp_path / "run"))}
     (step_of(tree, 2) / "MANIFEST.json").write_text("{")
-    assert refused(tree).endswith("Restore one from a backup, or start again from step 0 with --fresh.")
+    assert refused(tree).endswith("restore one from a backup, or start again with --fresh.")
     assert ended([*command("pretrain", tree), "--fresh"]) == (0, "")
     assert (tmp_path / "run" / "checkpoints.before-fresh-1" / "step-00000002").is_dir()
 

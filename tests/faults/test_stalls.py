@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import struct
 import subprocess
 import sys
 import time
@@ -188,4 +189,15 @@ def test_a_training_rank_that_hangs_is_told_from_those_that_wait_for_it(
     assert "error: rank 1 gave no sign of life for 2." in said, said
     assert ", in forward; the job is ended" in said
     assert "in hanging" in (tmp_path / "run/stacks/attempt-0/rank-00001.txt").read_text()
-    fault(fault="F10", injected="one rank of two asleep in ZeRO-3's forward", outcome="named, stacks kept, exit 76", detect_s=2.0)
+    injected, detect_s = "one rank of two asleep in ZeRO-3's forward", float(said.split(" sign of life for ")[1].split()[0])
+    fault(fault="F10", injected=injected, outcome="named, stacks kept, exit 76", detect_s=detect_s)
+
+
+def test_a_rank_that_works_while_the_others_wait_too_long_is_not_said_to_be_dead() -> None:
+    with Watch(Limits(reduce=0.05, forward=60), None) as watch:
+        now = time.monotonic_ns()
+        for rank, (count, at_ns, section) in enumerate([(7, now, "forward"), (8, now - 10**9, "reduce")]):
+            os.pwrite(watch.descriptors(rank)[0], struct.pack("<QQI", count, at_ns, heartbeat.SECTIONS.index(section)), 0)
+        stall = watch.stalled([0, 1])
+    assert stall is not None
+    assert stall.text().startswith("rank 0 kept the others waiting for 1.")

@@ -84,7 +84,7 @@ def first(tree: dict[str, Any], second: list[str], said: str) -> None:
 
 def test_a_second_job_is_refused_and_the_first_one_does_not_notice(prepared: Path, tmp_path: Path, fault: Add) -> None:
     tree = settings(prepared, tmp_path / "run")
-    second = command(tree, "launch", "backend.ranks=1", "--")
+    second = command(tree, "launch", "backend.ranks=1", "backend.restarts.attempts=1", "--")
     ranks.run(first, 2, {"tree": tree, "second": second, "said": str(tmp_path / "said")})
     code, errors, untouched, files = json.loads((tmp_path / "said").read_text())
     assert code == 65, errors
