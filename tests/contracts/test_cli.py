@@ -191,7 +191,7 @@ def test_launch_gives_the_verb_and_its_run_folder_to_the_launcher(monkeypatch: p
     monkeypatch.setattr("scaletrain.launcher.launch", launch)
     assert cli.main(["launch", "backend.ranks=3", "--dry-run", "--", *job]) == 75
     ((settings, arguments, output), named) = seen[0]
-    assert (settings.backend.ranks, arguments, output, named) == (3, job, tmp_path, {"dry_run": True})
+    assert (settings.backend.ranks, arguments, output, named) == (3, job, tmp_path, {"dry_run": True, "once_only": ["--fresh"]})
 
 
 def test_the_module_runs_as_a_command() -> None:
