@@ -38,7 +38,7 @@ from scaletrain.data.sources.jsonl import JsonlConfig
 from scaletrain.data.sources.webdataset import WebdatasetConfig
 from scaletrain.data.tokenizer import Vocabulary
 from scaletrain.errors import CheckpointError, ConfigError, CorpusError, InputError, ModelError, TokenizerError
-from scaletrain.launcher.outcome import Record, _recorded
+from scaletrain.launcher.outcome import Record, recorded
 from scaletrain.model import ClassifierConfig, start
 from scaletrain.model.classifier import Block, grow
 from scaletrain.model.config import load_tokenizer
@@ -195,7 +195,7 @@ KINDS = [
     Kind(f"{_LAST}/state-00000-of-00001.safetensors", _newest, 1),
     Kind(f"{_LAST}/MANIFEST.json", _newest, 1),
     Kind("run/checkpoints/latest", _newest, 2),
-    Kind("run/exit.json", lambda root: _recorded(Record(root / "run" / "exit.json", None, 0)), None),
+    Kind("run/exit.json", lambda root: recorded(Record(root / "run" / "exit.json", None, 0)), None),
     Kind("run/exit.json", lambda root: read_run(root / "run", now=0.0).ending, None),
     Kind("run/lease-00000001.json", lambda root: getattr(lease.newest(root / "run"), "holder", 0), None),
     Kind(
@@ -519,7 +519,7 @@ def test_a_file_of_a_version_behind_a_link_is_refused(root: Path, tmp_path: Path
         (f"{_IN_VERSION}/MANIFEST.json", lambda root: sealed.manifest(root / _IN_VERSION), CheckpointError),
         ("run/config.yaml", lambda root: config.load_tree(root / "run" / "config.yaml"), ConfigError),
         (f"{_LAST}/MANIFEST.json", _newest, None),
-        ("run/exit.json", lambda root: _recorded(Record(root / "run" / "exit.json", None, 0)), None),
+        ("run/exit.json", lambda root: recorded(Record(root / "run" / "exit.json", None, 0)), None),
     ],
 )
 @pytest.mark.parametrize("kind", ["deep", "pipe", "endless", "too large"])
