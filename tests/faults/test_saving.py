@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import resource
+import threading
 import time
 import warnings
 from pathlib import Path
@@ -316,14 +317,24 @@ def test_resumed_twice_saved_right_after_and_at_the_last_step(
 
 
 def test_what_is_saved_is_the_state_at_the_save_whatever_is_trained_meanwhile(tmp_path: Path, engine: Engine) -> None:
-    """Also when the buffer is used again."""
-    saver = Saver(tmp_path, engine, CheckpointConfig(keep=9), at=lambda boundary: time.sleep(0.002))
-    digests = []
+    """Also when the buffer is used again. No file is written before the weights have moved on."""
+    moved_on = threading.Event()
+
+    def at(boundary: Boundary) -> None:
+        if boundary == Boundary.FILE_OPENED:
+            assert moved_on.wait(timeout=60)
+            moved_on.clear()
+
+    saver = Saver(tmp_path, engine, CheckpointConfig(keep=9), at=at)
+    digests: list[str] = []
     for step in (1, 2, 3):
         list(toy.steps(engine, step - 1, step))
+        if digests:
+            moved_on.set()
         digests.append(toy.digest(engine))
         saver.save(progress(step))
     list(toy.steps(engine, 3, 6))
+    moved_on.set()
     saver.settle()
     for found in reversed(checkpoint.find(tmp_path)):
         checkpoint.restore(found, engine, {})
