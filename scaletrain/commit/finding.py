@@ -130,7 +130,11 @@ def _put_all_aside(folder: Path, names: Sequence[str]) -> None:
 def wrong_digest(folder: Path, entries: Sequence[Mapping[str, Any]]) -> str:
     """The first file of these entries of a manifest that has another digest; empty where there is none."""
     for entry in entries:
-        if file_digest(folder / entry["name"]) != entry["sha256"]:
+        try:
+            found = file_digest(folder / entry["name"])
+        except OSError as error:  # a sector that cannot be read: another one may be whole, and the other ranks wait
+            return f"{entry['name']} cannot be read: {error.strerror}"
+        if found != entry["sha256"]:
             return f"{entry['name']} does not have the SHA-256 that the manifest says"
     return ""
 

@@ -67,7 +67,7 @@ def commit(
                 if retention is not None:
                     durable.write(final.parent / "latest", f"{final.name}\n".encode())
                     at(Boundary.POINTER_WRITTEN)
-                    _retain(final.parent, retention, at)
+                    _retain(final, retention, at)
 
         phase(peers, publish, f"publishing {final}")
     except ScaletrainError as failure:
@@ -116,9 +116,11 @@ def _publish(
         shutil.rmtree(before)
 
 
-def _retain(folder: Path, retention: Retention, at: Hook) -> None:
-    """Drops the older ones. One with files missing or cut counts for nothing: it neither goes nor takes a whole one's place."""
-    for old in [found for found in find(folder) if found.sizes_fit()][max(1, retention.keep) :]:
+def _retain(final: Path, retention: Retention, at: Hook) -> None:
+    """Drops the older ones, never ``final``, whatever its step. One with files missing or cut counts for nothing: it neither goes
+    nor takes a whole one's place."""
+    others = [found for found in find(final.parent) if found.sizes_fit() and found.folder != final]
+    for old in others[max(0, retention.keep - 1) :]:
         if retention.drops(old.step):
             _unlink(_to_trash(old.folder, at), at)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import resource
 import threading
@@ -410,3 +411,26 @@ def test_available_memory_is_the_least_of_the_machine_and_its_control_groups(
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
     assert memory.available_bytes(tmp_path) == available
+
+
+def test_what_was_just_published_stays_whatever_else_is_there(tmp_path: Path) -> None:
+    """A later step may be one that some rank does not see, and that was passed over."""
+    commit_bytes(tmp_path, 300)
+    commit_bytes(tmp_path, 250, retention=Retention(keep=1))
+    assert steps_in(tmp_path) == [250]
+
+
+def test_a_file_that_cannot_be_read_is_a_fault_of_its_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for step in (1, 2):
+        commit_bytes(tmp_path, step)
+    digest = commit.finding.file_digest
+
+    def failing(path: Path) -> str:
+        if path.parent.name == "step-00000002":
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return digest(path)
+
+    monkeypatch.setattr(commit.finding, "file_digest", failing)
+    with pytest.warns(UserWarning, match="part-0 cannot be read: Input/output error"):
+        found = commit.newest(tmp_path, Alone())
+    assert found is not None and found.step == 1
