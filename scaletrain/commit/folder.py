@@ -12,8 +12,8 @@ from typing import Any
 from scaletrain import durable
 from scaletrain.commit.boundary import Boundary, Hook, passed
 from scaletrain.commit.files import Entry, File, write_file
-from scaletrain.commit.finding import find, put_aside
-from scaletrain.commit.manifest import write
+from scaletrain.commit.finding import Found, find, put_aside
+from scaletrain.commit.manifest import read, write
 from scaletrain.commit.peers import Peers, phase
 from scaletrain.errors import ScaletrainError, StorageError
 
@@ -107,8 +107,13 @@ def _publish(
     write(partial, manifest, at)
     if check is not None:
         check()
-    before = move(final) if final.exists() else None
-    partial.rename(final)
+    old = read(final)
+    if old is not None and Found(final, old).sizes_fit() and durable.exchange(partial, final):
+        # A whole one has its place until the new one has it.
+        before: Path | None = partial.rename(final.with_name(f".{final.name}.trash"))
+    else:
+        before = move(final) if final.exists() else None
+        partial.rename(final)
     at(Boundary.FOLDER_NAMED)
     durable.sync(final.parent)
     at(Boundary.FOLDER_SYNCED)

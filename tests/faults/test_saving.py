@@ -434,3 +434,18 @@ def test_a_file_that_cannot_be_read_is_a_fault_of_its_checkpoint(tmp_path: Path,
     with pytest.warns(UserWarning, match="part-0 cannot be read: Input/output error"):
         found = commit.newest(tmp_path, Alone())
     assert found is not None and found.step == 1
+
+
+def test_a_whole_step_that_is_saved_again_is_there_at_every_moment(tmp_path: Path) -> None:
+    """As after a request to stop in an evaluation; and nothing of the old one is left, for nothing was wrong with it."""
+    commit_bytes(tmp_path, 3, b"old")
+    seen: list[bytes] = []
+
+    def look(boundary: commit.Boundary) -> None:
+        found = commit.newest(tmp_path, Alone())
+        assert found is not None
+        seen.append((found.folder / "part-0").read_bytes())
+
+    commit_bytes(tmp_path, 3, b"new", at=look)
+    assert sorted(set(seen)) == [b"new", b"old"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step-00000003"]
