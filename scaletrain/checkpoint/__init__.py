@@ -20,7 +20,7 @@ Every piece is flat fp32 and says in the file's own header where it starts in it
 size is therefore arithmetic on ranges; nothing is converted and nothing is unpickled.
 """
 
-from scaletrain.checkpoint.finding import find, newest, set_aside
+from scaletrain.checkpoint.finding import find, newest, of_step, set_aside
 from scaletrain.checkpoint.manifest import Checkpoint, CheckpointConfig, Progress
 from scaletrain.checkpoint.pieces import Piece
 from scaletrain.checkpoint.reading import check_identity, differences, read_state, restore, state_shapes, weights
@@ -38,6 +38,7 @@ __all__ = [
     "find",
     "go_back",
     "newest",
+    "of_step",
     "read_state",
     "restore",
     "save",

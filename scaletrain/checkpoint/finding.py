@@ -25,6 +25,16 @@ def newest(folder: Path, *, aside: bool = False) -> Checkpoint | None:
     return None if found is None else Checkpoint(found.folder, found.manifest)
 
 
+def of_step(folder: Path, step: int) -> Checkpoint | None:
+    """The checkpoint of ``step``, if it verifies on all ranks; the same answer on every rank. Collective."""
+    names = dist.broadcast([found.folder.name for found in commit.find(folder) if found.step == step])
+    for name in names:
+        verdict = commit.verify(folder / name, dist.channel())
+        if not verdict.fault and verdict.manifest is not None:
+            return Checkpoint(folder / name, verdict.manifest)
+    return None
+
+
 def set_aside(folder: Path) -> Path | None:
     """Renames what an earlier run left, so that a fresh start loses nothing; returns its new name. Collective."""
     aside = next(path for n in itertools.count(1) if not (path := folder.with_name(f"{folder.name}.before-fresh-{n}")).exists())

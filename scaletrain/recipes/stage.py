@@ -267,15 +267,16 @@ class Stage:
         """Goes back to the best weights, where they are what is to be kept."""
         best = selection.best_step if self._config.selection.keep == "best" else None
         wanted = step if best is None else best
-        found = {each.progress.step: each for each in checkpoint.find(self._folder / "checkpoints")}
-        if wanted not in found:
+        with heartbeat.section("load"):
+            kept = checkpoint.of_step(self._folder / "checkpoints", wanted)
+        if kept is None:
             rule = f"the best weights are those of step {wanted}, and their checkpoint is gone or damaged"
-            raise CheckpointError(
-                str(self._folder), sorted(found), rule, "Restore it from a backup, or start again with --fresh."
-            )
+            remedy = "Restore it from a backup, or start again with --fresh."
+            there = dist.broadcast(sorted(each.progress.step for each in checkpoint.find(self._folder / "checkpoints")))
+            raise CheckpointError(str(self._folder), there, rule, remedy)
         if wanted != step:
-            checkpoint.restore(found[wanted], self._student.engine, self._identity)
-        return Kept(found[wanted], wanted, step, selection.best_score)
+            checkpoint.restore(kept, self._student.engine, self._identity)
+        return Kept(kept, wanted, step, selection.best_score)
 
     def _split(self, rows: NDArray[np.float32]) -> list[NDArray[np.float32]]:
         """Rows of all samples of the stage, cut into those of each corpus."""

@@ -422,6 +422,23 @@ def test_a_run_whose_best_checkpoint_is_gone_does_not_end_with_other_weights(
     assert digests(tmp_path / "run" / "model") == before
 
 
+def test_a_best_checkpoint_with_a_flipped_bit_is_as_good_as_gone(
+    encoder: Path, misled: dict[str, Any], turn: int, tmp_path: Path
+) -> None:
+    """It is older than the newest, which is the one that a start verifies."""
+    settings = training(selection=STOPPING, checkpoint={"every_steps": 1})
+    tree = streams.finetuning(encoder, tmp_path / "run", misled, compute=LOCAL, training=settings)
+    here(tree)
+    (file,) = (tmp_path / "run" / "checkpoints" / f"step-{turn:08d}").glob("*.safetensors")
+    data = bytearray(file.read_bytes())
+    data[-3] ^= 1
+    file.write_bytes(data)
+    before = digests(tmp_path / "run" / "model")
+    with pytest.raises(CheckpointError, match=f"best weights are those of step {turn}, and their checkpoint is gone or damaged"):
+        here(tree)
+    assert digests(tmp_path / "run" / "model") == before
+
+
 @pytest.mark.parametrize("metric", ["accuracy", "macro_f1", "weighted_f1", "loss"])
 def test_the_best_checkpoint_is_that_of_the_metric_that_is_named(
     encoder: Path, misled: dict[str, Any], to_the_end: Path, tmp_path: Path, metric: str

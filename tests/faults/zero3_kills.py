@@ -7,7 +7,7 @@ import os
 import random
 import signal
 import threading
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -71,12 +71,16 @@ def work(folder: str, digests: list[dict[str, str]], die_s: list[float | None], 
         note.with_suffix(".tmp").rename(note)
 
     def at(boundary: Boundary) -> None:
+        nonlocal under_way
+        if boundary == Boundary.BEGUN:
+            under_way = asked.popleft()
         if boundary == Boundary.FOLDER_SYNCED:
-            say(published=saving[0])
+            say(published=under_way)
         say(at="at work" if boundary == Boundary.PUBLISHED else f"after {boundary}")
 
     say()
-    saving = [first]
+    asked: deque[int] = deque()
+    under_way = first
     saver = Saver(Path(folder), made, CheckpointConfig(keep=2, asynchronous=asynchronous), at=at)
     dist.barrier()
     after = die_s[rank]
@@ -87,8 +91,8 @@ def work(folder: str, digests: list[dict[str, str]], die_s: list[float | None], 
         if toy.digest(made) != digests[rank][str(step + 1)]:
             say(right=False)
         if (step + 1) % EVERY == 0:
+            asked.append(step + 1)  # before: the save may be over when the call returns
             saver.save(Progress(step + 1, {"phase": 0, "samples": step + 1}, {}))
-            saving[0] = step + 1
     saver.settle()
     return "end"
 
