@@ -99,6 +99,10 @@ class Saver:
         self._flight.run()
         return self._collect()
 
+    def wait(self) -> None:
+        """Waits until no save is under way; one that failed counts as any other. Collective."""
+        self._collect()
+
     def settle(self) -> None:
         """Waits until the last save is on the disk. Raises StorageError on every rank where it failed. Collective."""
         self._collect()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import shutil
+import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,9 +66,7 @@ def commit(
             if peers.rank == 0:
                 _publish(final, partial, manifest(entries), at, check, put_aside if retention else _to_trash)
                 if retention is not None:
-                    durable.write(final.parent / "latest", f"{final.name}\n".encode())
-                    at(Boundary.POINTER_WRITTEN)
-                    _retain(final, retention, at)
+                    _settle(final, retention, at)
 
         phase(peers, publish, f"publishing {final}")
     except ScaletrainError as failure:
@@ -119,6 +118,16 @@ def _publish(
     at(Boundary.FOLDER_SYNCED)
     if before is not None and before.suffix == ".trash":
         shutil.rmtree(before)
+
+
+def _settle(final: Path, retention: Retention, at: Hook) -> None:
+    """What follows once ``final`` is there: that it cannot be pointed to, or an old one not deleted, does not undo that."""
+    try:
+        durable.write(final.parent / "latest", f"{final.name}\n".encode())
+        at(Boundary.POINTER_WRITTEN)
+        _retain(final, retention, at)
+    except OSError as error:
+        warnings.warn(f"{final} is saved, but its folder could not be tidied: {error}", stacklevel=2)
 
 
 def _retain(final: Path, retention: Retention, at: Hook) -> None:

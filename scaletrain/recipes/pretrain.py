@@ -181,7 +181,8 @@ class Run:
         return self.guard.guarded(attempt, self.start, self._go_back)
 
     def _go_back(self, step: int) -> tuple[int, Mapping[str, Any]] | None:
-        self.settle()
+        with self._stop.saving(lambda: self.saver.longest_s):
+            self.saver.wait()
         last = checkpoint.go_back(self._config.output / "checkpoints", step, self._session.check)
         if last is None:
             return None

@@ -167,7 +167,8 @@ class Stage:
             return train(engine, task, batches, rate, clip, stop, meter, self._guard, active.penalties)
 
         def go_back(step: int) -> tuple[int, Mapping[str, Any]] | None:
-            self._settle(saver)
+            with stop.saving(lambda: saver.longest_s):
+                saver.wait()
             last = checkpoint.go_back(self._folder / "checkpoints", step, session.check)
             if last is None:
                 return None

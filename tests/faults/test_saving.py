@@ -449,3 +449,21 @@ def test_a_whole_step_that_is_saved_again_is_there_at_every_moment(tmp_path: Pat
     commit_bytes(tmp_path, 3, b"new", at=look)
     assert sorted(set(seen)) == [b"new", b"old"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step-00000003"]
+
+
+def test_a_pointer_that_cannot_be_written_does_not_undo_a_save(tmp_path: Path) -> None:
+    (tmp_path / "latest").mkdir()
+    for step in (1, 2):
+        with pytest.warns(UserWarning, match=f"step-0000000{step} is saved, but its folder could not be tidied"):
+            commit_bytes(tmp_path, step)
+    assert steps_in(tmp_path) == [2, 1]
+
+
+def test_waiting_for_a_save_that_failed_is_not_the_end(tmp_path: Path, engine: Engine) -> None:
+    """As before a roll-back: fewer have failed in a row than may."""
+    saver = Saver(tmp_path, engine, CheckpointConfig(failures=2))
+    with full(100), pytest.warns(UserWarning, match="step 1 was not saved"):
+        saver.save(progress(1))
+        saver.wait()
+    with pytest.raises(ScaletrainError, match="File too large"):
+        saver.settle()
