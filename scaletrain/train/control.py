@@ -105,7 +105,9 @@ class StopRequest:
         if self._asked_at_s is not None:
             self._longest_gap_s = max(self._longest_gap_s, now - self._asked_at_s)
         self._asked_at_s = now
-        needed_s = SAVE_MARGIN * (self._longest_save_s + self._longest_gap_s) if self._longest_save_s else self.config.grace_s
+        needed_s = self.config.grace_s  # until a save has been measured from its beginning to the disk
+        if self._longest_save_s:  # twice: the last one may have to wait for one that is under way
+            needed_s = SAVE_MARGIN * (2 * self._longest_save_s + self._longest_gap_s)
         return lease.age_s() + needed_s > self.config.wall_clock_s
 
     def ask(self) -> bool:
@@ -124,16 +126,19 @@ class StopRequest:
             raise RequeueError(f"stopped on request {where}; the same command continues it")
 
     @contextmanager
-    def saving(self, longest_s: Callable[[], float] = lambda: 0.0) -> Iterator[None]:
+    def saving(self, longest_s: Callable[[], float] | None = None) -> Iterator[None]:
         """Around a save: how long saves take decides when the clock asks, and whether the grace is long enough.
 
-        ``longest_s`` says how long the longest so far has taken in all, where it goes on after the training has.
+        ``longest_s`` says how long the longest so far has taken in all, where it goes on after the training has; 0: none is over.
         """
         began_s, before_s = time.monotonic(), self._longest_save_s
         with heartbeat.section("save"):
             yield
         self._asked_at_s = time.monotonic()
-        self._longest_save_s = max(before_s, self._asked_at_s - began_s, longest_s())
+        blocked_s = self._asked_at_s - began_s
+        whole_s = blocked_s if longest_s is None else longest_s()
+        if whole_s:
+            self._longest_save_s = max(before_s, blocked_s, whole_s)
         needed_s, grace_s = SAVE_MARGIN * self._longest_save_s, self.config.grace_s
         if dist.rank() == 0 and needed_s > grace_s and self._longest_save_s > before_s:
             warnings.warn(

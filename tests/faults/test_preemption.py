@@ -18,7 +18,7 @@ from scaletrain.errors import ConfigError
 from scaletrain.recipes import pretrain
 from scaletrain.recipes.pretrain import Run
 from scaletrain.tasks.mlm import MaskedLanguageModelling
-from scaletrain.train.control import ControlConfig
+from scaletrain.train.control import SAVE_MARGIN, ControlConfig, StopRequest
 from scaletrain.train.metrics import read_jsonl
 from tests import ranks, tiny
 from tests.faults.table import Add
@@ -159,3 +159,14 @@ def test_a_save_that_is_slower_than_the_grace_is_warned_of(prepared: Path, tmp_p
     tree = settings(prepared, tmp_path / "run", steps=1, evaluation={"every_steps": 0}, control={"grace_s": 0.0})
     with pytest.warns(UserWarning, match=r"control\.grace_s: got 0; .*Raise the launcher's backend\.grace_s"):
         pretrain.main(decode(pretrain.Config, {**tree, "engine": {"name": "local"}}))
+
+
+def test_what_is_kept_free_for_the_last_save_is_that_of_a_whole_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not of the copy that training waits for; and twice, for a save that is under way comes first."""
+    stop = StopRequest(ControlConfig(wall_clock_s=1000.0, grace_s=100.0))
+    for longest_s, last_moment in ((0.0, 900.0), (40.0, 1000.0 - SAVE_MARGIN * 80.0)):
+        with stop.saving(lambda longest_s=longest_s: longest_s):
+            pass
+        for age_s, asked in ((last_moment - 1.0, False), (last_moment + 1.0, True)):
+            monkeypatch.setattr(lease, "age_s", lambda age_s=age_s: age_s)
+            assert stop.requested is asked
