@@ -91,7 +91,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str,
 
 
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize(("asynchronous", "rank"), [(False, 0), (False, 1), (True, 0)])
+@pytest.mark.parametrize(("asynchronous", "rank"), [(False, 0), (False, 1), (True, 0), (True, 1)])
 def test_killed_at_every_boundary_and_resumed_equals_uninterrupted_to_the_bit(
     base: tuple[Path, list[dict[str, Any]]], tmp_path: Path, asynchronous: bool, rank: int, fault: Add
 ) -> None:
