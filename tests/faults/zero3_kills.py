@@ -19,7 +19,7 @@ from scaletrain.commit import Boundary
 from tests import ranks, toy
 
 STEPS = 200
-EVERY = 2
+EVERY = 1
 """Steps between saves."""
 LONGEST_S = 1.5
 """From the first step to a kill."""

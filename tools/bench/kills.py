@@ -4,7 +4,7 @@
 
     python tools/bench/kills.py [--kills N] [--zero3 N] [--seed N] [--smoke]
 
-3,000 kills of the commit protocol by a fast driver without torch, and 50 of two ranks of real ZeRO-3 that save at every other
+3,000 kills of the commit protocol by a fast driver without torch, and 50 of two ranks of real ZeRO-3 that save after every
 step. The last line is one JSON object: ``table`` has how the processes ended (waitpid) and a histogram of what the killed ones
 were at. ``--smoke``: 30 and 2.
 """
