@@ -18,9 +18,9 @@ import pytest
 from scaletrain import checkpoint, dist
 from scaletrain.config import decode
 from scaletrain.engine import Engine
-from scaletrain.recipes import pretrain
+from scaletrain.recipes import finetune, pretrain
 from scaletrain.train.metrics import read_jsonl
-from tests import ranks, tiny
+from tests import ranks, streams, tiny
 from tests.faults.table import Add
 
 EVERY, STEPS = 3, 16
@@ -173,3 +173,44 @@ def test_what_was_passed_over_cannot_be_changed_afterwards(prepared: Path, tmp_p
         assert (outcome["exit_code"], "guard.pass_over: got " in outcome["error"]) == (65, True)
     later = {**tree, "guard": {"pass_over": [[2, 3], [7, 8]]}, "steps": 9}
     assert ranks.run(run, 1, {"tree": later, "bad": {}}) == [[9]]
+
+
+def fine_tune(tree: dict[str, Any], bad: dict[str, float]) -> None:
+    """A stage, as `run` is a pretraining run."""
+    forward, clip, now = Engine.forward, Engine.clip, [0]
+
+    def seen(self: Engine, slot: Any) -> Any:
+        now[0] = slot.step + 1
+        return forward(self, slot)
+
+    def spoilt(self: Engine, *arguments: Any) -> Any:
+        if str(now[0]) in bad:
+            max(self._gradients.values(), key=len).mul_(bad[str(now[0])])
+        return clip(self, *arguments)
+
+    Engine.forward, Engine.clip = seen, spoilt  # type: ignore[method-assign]  # in a process of its own
+    finetune.main(decode(finetune.Config, tree))
+
+
+def test_a_stage_is_rolled_back_with_what_it_has_selected(tmp_path: Path, fault: Add) -> None:
+    """What was evaluated after the checkpoint did not happen: the best step, model and figures are as with the steps left out."""
+    encoder, task = streams.encoder(tmp_path / "encoder"), streams.task(tmp_path / "data", "fruit")
+    found = []
+    for name, guard, bad in (
+        ("by-hand", {"pass_over": [[12, 14]]}, {}),
+        ("run", {"on_divergence": "roll_back"}, dict.fromkeys(("12", "13", "14"), math.nan)),
+    ):
+        training = {**streams.STAGE, "guard": guard, "selection": {"every_steps": 3}}
+        compute = {**streams.COMPUTE, "engine": {"name": "local"}}
+        tree = streams.finetuning(encoder, tmp_path / name, task, training=training, compute=compute)
+        ranks.run(fine_tune, 1, {"tree": tree, "bad": bad})
+        last = checkpoint.find(tmp_path / name / "checkpoints")[0]
+        report = json.loads((tmp_path / name / "report.json").read_text())
+        model = (tmp_path / name / "model/model.safetensors").read_bytes()
+        found.append((last.manifest["files"], last.progress.state["selection"], report, model))
+    assert found[0] == found[1]
+    (event,) = events(tmp_path / "run", "rolled back")
+    assert (event["step"], event["before"]) == (10, 12)
+    fault(
+        fault="F15", injected="three steps in a row of a stage, roll-back", outcome="equal to passed over by hand", lost_steps=1
+    )
