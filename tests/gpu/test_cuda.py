@@ -33,10 +33,10 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny.corpus(tmp_path_factory.mktemp("corpus"))
 
 
-def run(prepared: Path, output: Path, engine: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
+def run(prepared: Path, output: Path, engine: dict[str, Any], **changes: Any) -> tuple[Tensor, dict[str, Tensor]]:
     """Twenty steps on one rank: the loss of each [20], and the weights after the last."""
     file = output.with_suffix(".yaml")
-    file.write_text(yaml.safe_dump(tiny.settings(prepared, output, device=DEVICE, engine=engine)))
+    file.write_text(yaml.safe_dump(tiny.settings(prepared, output, device=DEVICE, engine=engine, **changes)))
     command = [sys.executable, "-m", "scaletrain", "launch", "--", "pretrain", "--config", str(file)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=170)
     assert done.returncode == 0, done.stderr
@@ -70,6 +70,22 @@ def test_an_engine_equals_plain_pytorch_in_fp32(prepared: Path, tmp_path: Path, 
     assert expected[-1] < expected[0] - 0.3
     torch.testing.assert_close(losses, expected, rtol=0, atol=1e-4)
     assert weights.keys() == reference.keys()
+    for name, value in weights.items():
+        torch.testing.assert_close(value, reference[name], rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("engine", [{"name": "local"}, ZERO3], ids=lambda engine: str(engine["name"]))
+def test_a_run_that_stopped_on_a_gpu_goes_on_as_if_it_had_not(prepared: Path, tmp_path: Path, engine: dict[str, Any]) -> None:
+    """Saved beside the training, through pinned memory, and made longer in a process of its own: losses and weights to 1e-4."""
+    saving = {
+        "checkpoint": {"every_steps": 5, "asynchronous": True},
+        "schedule": {"name": "wsd", "warmup_samples": 0, "decay_samples": 0},
+    }
+    expected, reference = run(prepared, tmp_path / "whole", engine, **saving)
+    first, _ = run(prepared, tmp_path / "stopped", engine, **saving, steps=10)
+    losses, weights = run(prepared, tmp_path / "stopped", engine, **saving)
+    assert (len(first), len(losses)) == (10, 20)
+    torch.testing.assert_close(losses, expected, rtol=0, atol=1e-4)
     for name, value in weights.items():
         torch.testing.assert_close(value, reference[name], rtol=0, atol=1e-4)
 
