@@ -56,6 +56,8 @@ class Saver:
         self._copy: torch.Tensor | None = None
         self.longest_s = 0.0
         """The longest that a save has taken so far, from the copy to the rename."""
+        self.saved: int | None = None
+        """The step of the last save that is known to be on the disk."""
         self._failures = 0
         self._failure: ScaletrainError | None = None
         if config.asynchronous:
@@ -118,7 +120,7 @@ class Saver:
         self.longest_s = max(self.longest_s, flight.ended_s - flight.began_s)
         failure = flight.failure
         if failure is None:
-            self._failures, self._failure = 0, None
+            self._failures, self._failure, self.saved = 0, None, flight.step
             return True
         if not isinstance(failure, ScaletrainError) or failure.exit_code != StorageError.exit_code:
             raise failure

@@ -70,18 +70,21 @@ class Shard:
     file: Path
     first: int
     index: index.Index
+    fault: CorpusError | None = None
+    """Why it cannot be read as a whole, where it is already known."""
 
 
 class Dataset:
     """One split of a prepared folder. Made by ``open``; ``read`` may be called from many threads.
 
-    ``lengths`` has shape [chunks], int32: the tokens of each chunk, without special tokens.
+    ``lengths`` has shape [chunks]: the tokens of each chunk, without special tokens. At two bytes for each (four where chunks are
+    very long) it is all that a rank's memory holds of a corpus: the indexes are mapped, and shared by the ranks of a machine.
     """
 
     chunks: int
     tokens: int
     digest: str
-    lengths: npt.NDArray[np.int32]
+    lengths: npt.NDArray[np.integer[Any]]
     max_tokens: int
     vocab_size: int
     tokenizer_digest: str
@@ -92,16 +95,26 @@ class Dataset:
         self.max_tokens, self.vocab_size = int(manifest["max_tokens"]), int(manifest["tokenizer"]["vocab_size"])
         self.tokenizer_digest, self.tokenizer_folder = manifest["tokenizer"]["digest"], folder / "tokenizer"
         self.digest = manifest["splits"][split]["digest"]
-        self.lengths = np.concatenate([shard.index.records["tokens"] for shard in shards]).astype(np.int32)
+        self.lengths = np.empty(
+            sum(len(shard.index.records) for shard in shards), np.uint16 if self.max_tokens < 65_000 else np.int32
+        )
+        for shard in shards:
+            self.lengths[shard.first : shard.first + len(shard.index.records)] = shard.index.records["tokens"]
         self.lengths.setflags(write=False)
         self.chunks, self.tokens = len(self.lengths), int(self.lengths.sum(dtype=np.int64))
         self._shards, self._firsts = list(shards), [shard.first for shard in shards]
         self._files = _Files(_FILES_MAX)
 
+    @property
+    def faults(self) -> list[tuple[CorpusError, int]]:
+        """Of each shard that is missing or has another size: what is wrong, and the number of its chunks."""
+        return [(shard.fault, len(shard.index.records)) for shard in self._shards if shard.fault is not None]
+
     @classmethod
-    def open(cls, folder: Path, split: str = "train") -> Dataset:
+    def open(cls, folder: Path, split: str = "train", *, tolerant: bool = False) -> Dataset:
         """Open a split after checking that manifest, tokenizer, indexes and shards belong together (sizes, not every byte).
 
+        ``tolerant``: a shard that is missing or has another size is no error here; ``faults`` has it, and reading from it is one.
         Raises CorpusError when the folder or split is missing, empty or damaged, and TokenizerError when the tokenizer in the
         folder is not the one that made the shards.
         """
@@ -120,6 +133,9 @@ class Dataset:
             raise CorpusError(f"{folder}: digest of {split!r}", described["digest"], "it does not match its shards", _REMEDY)
         firsts = itertools.accumulate((shard["chunks"] for shard in described["shards"]), initial=0)
         shards = [_open_shard(folder, shard, first) for shard, first in zip(described["shards"], firsts, strict=False)]
+        for shard in shards:
+            if shard.fault is not None and not tolerant:
+                raise shard.fault
         return cls(folder, split, manifest, shards)
 
     def read(self, chunk: int) -> npt.NDArray[np.int32]:
@@ -131,6 +147,7 @@ class Dataset:
         crc = zlib.crc32(span)
         expected = int(shard.index.records[chunk - shard.first]["crc32"])
         if crc != expected:
+            self._files.close(shard.file)
             raise index.damaged(shard.file, self._key(span), offset, expected, crc)
         try:
             member = next(index.members(lambda at, count: span[at : at + count], len(span), str(shard.file)))
@@ -157,6 +174,7 @@ class Dataset:
         try:
             return shard, offset, self._files.read(shard.file, offset, length)
         except OSError as error:
+            self._files.close(shard.file)
             raise StorageError(f"{shard.file}: reading byte {offset} failed: {error.strerror}. {_REMEDY}") from error
 
     @staticmethod
@@ -170,21 +188,21 @@ class Dataset:
 def _open_shard(folder: Path, described: Mapping[str, Any], first: int) -> Shard:
     """Check one shard and its index against the manifest."""
     try:
-        file = outside.plain(folder, described["file"])
+        file, fault = outside.plain(folder, described["file"]), None
         outside.plain(folder, str(Path(described["file"]).with_suffix(".idx")))
     except ValueError as error:
         raise CorpusError(f"{folder}: manifest.json", str(error), "shards are plain files in the folder", _REMEDY) from None
     try:
         size = file.stat().st_size
+        if size != described["bytes"]:
+            fault = CorpusError(str(file), f"{size} bytes", f"the manifest says {described['bytes']}", _REMEDY)
     except FileNotFoundError:
-        raise CorpusError(str(file), "no such file", "the manifest lists it", _REMEDY) from None
-    if size != described["bytes"]:
-        raise CorpusError(str(file), f"{size} bytes", f"the manifest says {described['bytes']}", _REMEDY)
-    loaded = index.load(file.with_suffix(".idx"), shard_bytes=size)
+        fault = CorpusError(str(file), "no such file", "the manifest lists it", _REMEDY)
+    loaded = index.load(file.with_suffix(".idx"), shard_bytes=described["bytes"])
     found = hashlib.sha256(file.with_suffix(".idx").read_bytes()).hexdigest()
     if found != described["index_sha256"] or len(loaded.records) != described["chunks"]:
         raise CorpusError(str(file.with_suffix(".idx")), found, f"the manifest says {described['index_sha256']}", _REMEDY)
-    return Shard(file, first, loaded)
+    return Shard(file, first, loaded, fault)
 
 
 class _Open:
@@ -208,8 +226,15 @@ class _Files:
     def read(self, file: Path, offset: int, length: int) -> bytes:
         """``length`` bytes at ``offset``, fewer at the end of the file; ``pread`` shares no position between threads."""
         with self._lock:
-            handle = self._open.pop(file, None) or _Open(file)
+            handle = self._open.pop(file, None)
+        handle = handle or _Open(file)  # not under the lock: a file server that hangs here would hold up all threads
+        with self._lock:
             self._open[file] = handle
             if len(self._open) > self._limit:
                 self._open.popitem(last=False)
         return os.pread(handle.number, length, offset)
+
+    def close(self, file: Path) -> None:
+        """Opens the file again for the next read: what failed may be the handle, of a file that was restored since."""
+        with self._lock:
+            self._open.pop(file, None)

@@ -14,7 +14,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Annotated, NamedTuple, Protocol
+from typing import Annotated, Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,6 +29,9 @@ diverging."""
 
 MAX_CYCLE = 4096
 """Places in the longest cycle of a mixture: shares are exact to 1/4096, whatever the weights."""
+
+MAX_SUBSTITUTES = 8
+"""Chunks that are tried in the place of one that cannot be read: where none of them can, it is the storage that is broken."""
 
 I64 = NDArray[np.int64]
 
@@ -97,6 +100,8 @@ class StepPlan(Protocol):
     def picks(self, step: int) -> Picks: ...
 
     def samples_before(self, step: int) -> int: ...
+
+    def substitutes(self, corpus: int, corpus_pass: int, chunk: int) -> list[int]: ...
 
 
 class Order:
@@ -206,15 +211,29 @@ class Plan:
 
     def __init__(self, seed: int, phases: Sequence[PhaseShape], order: OrderConfig | None = None) -> None:
         _check(phases)
-        order = order or OrderConfig()
+        order, self._seed = order or OrderConfig(), seed
         known = {corpus.digest: corpus for phase in phases for corpus in phase.corpora}
         self.corpora = tuple(known.values())
         """What `Picks.corpus` counts in: every corpus of every phase once, by first appearance."""
         self._orders = [Order(corpus.chunks, order, keyed.key(seed, "order", corpus.digest)) for corpus in self.corpora]
         self._chunks = np.array([corpus.chunks for corpus in self.corpora])
         self._phases = _ready(phases, list(known))
+        self._order = order
         self.steps = sum(phase.steps for phase in phases)
         self.digest = _digest(seed, order, self._phases)
+
+    def described(self) -> dict[str, Any]:
+        """All that the plan follows from, as JSON: without the corpora's files `of` makes the same plan of it."""
+        return {"seed": self._seed, "order": asdict(self._order), "phases": [asdict(phase.shape) for phase in self._phases]}
+
+    @classmethod
+    def of(cls, described: Mapping[str, Any]) -> Plan:
+        """The inverse of `described`."""
+        phases = [
+            PhaseShape(tuple(CorpusShape(**corpus) for corpus in each["corpora"]), each["chunks_per_step"], each["steps"])
+            for each in described["phases"]
+        ]
+        return cls(described["seed"], phases, OrderConfig(**described["order"]))
 
     def picks(self, step: int) -> Picks:
         """The samples of step `step`, in their order; raises IndexError outside `range(steps)`."""
@@ -254,6 +273,16 @@ class Plan:
         number, samples = self.cursor(step)
         return self._phases[number].first_sample + samples
 
+    def substitutes(self, corpus: int, corpus_pass: int, chunk: int) -> list[int]:
+        """Chunks of the same corpus that stand in for one that cannot be read, in the order in which they are tried.
+
+        From a keyed shuffle of the whole corpus: neighbours, which lie in the same shard, are often as damaged as the chunk.
+        """
+        chunks = int(self._chunks[corpus])
+        key = keyed.key(self._seed, "substitute", self.corpora[corpus].digest, corpus_pass, chunk)
+        candidates = keyed.permute(np.arange(min(chunks, MAX_SUBSTITUTES + 1)), chunks, key).tolist()
+        return [candidate for candidate in candidates if candidate != chunk][:MAX_SUBSTITUTES]
+
 
 class EvalPlan:
     """Every chunk of every corpus exactly once, in order, in steps of `chunks_per_step` of which the last may be short."""
@@ -278,6 +307,10 @@ class EvalPlan:
     def samples_before(self, step: int) -> int:
         """Chunks in the steps before `step`."""
         return min(step * self._chunks_per_step, self.samples)
+
+    def substitutes(self, corpus: int, corpus_pass: int, chunk: int) -> list[int]:
+        """None: a score over other samples than those of the data set would be another score."""
+        return []
 
 
 def _ready(phases: Sequence[PhaseShape], digests: list[str]) -> list[_Phase]:

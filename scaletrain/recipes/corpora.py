@@ -11,6 +11,7 @@ from pydantic import Field
 
 from scaletrain import dist
 from scaletrain.data.dataset import Dataset, read_manifest
+from scaletrain.data.ledger import DamageConfig
 from scaletrain.data.loader import Loader, LoaderConfig
 from scaletrain.data.plan import CorpusShape, EvalPlan, OrderConfig, PhaseShape, Plan
 from scaletrain.data.slots import SPECIAL_TOKENS, Dealing, DealtPlan, Layout, SlotConfig
@@ -57,6 +58,8 @@ class DataConfig:
     """How a step is cut into micro-batches."""
     loader: LoaderConfig = field(default_factory=LoaderConfig)
     """How the chunks are read."""
+    damage: DamageConfig = field(default_factory=DamageConfig)
+    """How much of the training data may be unreadable before the run stops."""
 
 
 class Corpora:
@@ -71,7 +74,9 @@ class Corpora:
         self._config = config
         self.dealing = dealing or Dealing.of(config.slots, layout, dist.world())
         self.dealing.check(config.slots, layout)
-        self._datasets = {path: Dataset.open(path) for path in _paths(config)}
+        self._datasets = {path: Dataset.open(path, tolerant=True) for path in _paths(config)}
+        for dataset in self._datasets.values():
+            _check_damage(dataset, config.damage)
         by_path = self._datasets
         self.tokenizer_folder, self.vocabulary = _shared_tokenizer(list(by_path.values()))
         self.plan = Plan(seed, _phases(config, steps, by_path), config.order)
@@ -101,6 +106,11 @@ class Corpora:
             most = max_positions - SPECIAL_TOKENS
             remedy = f"Use a model of at least {needed}, or prepare the data with max_tokens of at most {most}"
             raise ConfigError("model.max_positions", max_positions, rule, remedy)
+
+    @property
+    def folder_names(self) -> list[str]:
+        """What the plan's corpora are called."""
+        return [dataset.folder.name for dataset in self.datasets]
 
     def names(self, step: int) -> list[str]:
         """What the samples of a step, counted from 1, are called: folder of the corpus, and number of the chunk in it."""
@@ -145,6 +155,19 @@ class HeldOut:
 
     def loader(self, task: MaskedLanguageModelling) -> Loader:
         return Loader(self.dealt, self.datasets, task.collate, dist.rank(), dist.world(), self._loader)
+
+
+def _check_damage(dataset: Dataset, damage: DamageConfig) -> None:
+    """Raises what is wrong with the first unreadable shard, where the unreadable ones are more than a run may pass over."""
+    faults = dataset.faults
+    unreadable = sum(chunks for _, chunks in faults)
+    if unreadable > damage.fraction * dataset.chunks:
+        error = faults[0][0]
+        error.add_note(
+            f"{len(faults)} shards with {unreadable} of {dataset.chunks} chunks cannot be read; "
+            f"at most a share of {damage.fraction:g} may (data.damage.fraction)"
+        )
+        raise error
 
 
 def _paths(config: DataConfig) -> list[Path]:

@@ -18,10 +18,11 @@ from scaletrain.data.loader import Loader
 from scaletrain.data.plan import Cursor
 from scaletrain.data.slots import Dealing
 from scaletrain.engine import Engine, EngineConfig, OptimizerConfig, Zero3Config
-from scaletrain.errors import CheckpointError, ConfigError, RequeueError, ScaletrainError, StorageError
+from scaletrain.errors import CheckpointError, ConfigError, DataBudgetError, RequeueError, ScaletrainError, StorageError
 from scaletrain.model import MaskedLanguageModel, ModelConfig
 from scaletrain.recipes.corpora import Corpora, DataConfig
 from scaletrain.tasks.mlm import MlmConfig
+from scaletrain.train import account
 from scaletrain.train.console import Writers, open_writers
 from scaletrain.train.control import ControlConfig, Session, StopRequest
 from scaletrain.train.evaluate import evaluate
@@ -88,10 +89,12 @@ def main(config: PretrainConfig, *, fresh: bool = False) -> None:
     Raises RequeueError, after a checkpoint, where the run was asked to stop.
     """
     with StopRequest(config.control) as stop, Session(config.output, config.device, stop) as session:
-        for name in ("checkpoints", "metrics.jsonl", "tensorboard") if fresh else ():
+        for name in ("checkpoints", "metrics.jsonl", "tensorboard", account.FILE) if fresh else ():
             checkpoint.set_aside(config.output / name)
         with heartbeat.section("load"):
             last = checkpoint.newest(config.output / "checkpoints", aside=True)
+            if last is None:
+                dist.from_first("looking for checkpoints", lambda: account.require_first(config.output))
         session.step = last.progress.step if last else 0
         run = Run(config, session, stop, last)
         stop.check()
@@ -103,6 +106,7 @@ def main(config: PretrainConfig, *, fresh: bool = False) -> None:
             for record in run.records(loader, stop):
                 session.step = record.step
                 run.writers.step(record)
+                run.book(record)
                 at_end = record.step == config.steps
                 if due(record.step, config.evaluation.every_steps) or at_end:
                     try:
@@ -158,6 +162,8 @@ class Run:
             peak.tflops * 1e12 * dist.world() if peak else None,
         )
         self.writers = _writers(config, self.corpora, self.start)
+        self._account = account.Account(plan, self.corpora.folder_names, config.data.damage, config.output)
+        self._account.begin(self.start, last.progress.state.get("replaced") if last else None)
         facts |= {
             "ranks": dist.world(),
             "device": device.type,
@@ -168,6 +174,7 @@ class Run:
             facts["peak"] = peak.assumption
         self.writers.event(self.start, "start", **facts)
         self._total_samples = plan.samples_before(config.steps)
+        self._noted: int | None = None
         self.saver = Saver(config.output / "checkpoints", self.engine, config.checkpoint, self._not_saved, check=session.check)
 
     def records(self, loader: Loader, stop: StopRequest) -> Iterator[StepRecord]:
@@ -175,7 +182,7 @@ class Run:
         config, samples_before = self._config, self.corpora.plan.samples_before
 
         def attempt(start: int) -> Iterator[StepRecord]:
-            batches = self.guard.batches(loader.batches, start, config.steps, samples_before)
+            batches = self._account.watch(self.guard.batches(loader.batches, start, config.steps, samples_before))
             return train(self.engine, self.task, batches, self.learning_rate, config.clip_norm, stop, self.meter, self.guard)
 
         return self.guard.guarded(attempt, self.start, self._go_back)
@@ -189,6 +196,7 @@ class Run:
         progress = checkpoint.restore(last, self.engine, self._identity)
         self.writers.rewind(progress.step)
         self.writers.event(progress.step, "rolled back", before=step)
+        self._account.begin(progress.step, progress.state["replaced"])
         return progress.step, progress.state["guard"]
 
     def learning_rate(self, step: int) -> float:
@@ -204,20 +212,38 @@ class Run:
             table = evaluate(self.engine, task, loader.batches(), self._held_out.samples, self._stop)
         self.writers.evaluation(step, task.summary(table))
 
+    def book(self, record: StepRecord) -> None:
+        """Enters a step into the account. Where more of the data is damaged than may be, saves, and raises DataBudgetError."""
+        try:
+            self._account.settle(record)
+        except DataBudgetError:
+            self.save(record.step)
+            self.settle()
+            raise
+
     def save(self, step: int, *, evaluated: bool = True) -> None:
         """``evaluated``: False where the evaluation that is due at this step was interrupted: a resume begins with it."""
         self.writers.flush()  # what a checkpoint stands for must not be lost after it
+        self._account.flush()
         cursor = self.corpora.plan.cursor(step)._asdict()
-        state: dict[str, Any] = {"guard": self.guard.state()} | ({} if evaluated else {"evaluated": False})
+        state: dict[str, Any] = {"guard": self.guard.state(), "replaced": self._account.state()}
+        state |= {} if evaluated else {"evaluated": False}
         with self._stop.saving(lambda: self.saver.longest_s):
             begun = self.saver.save(Progress(step, cursor, self._identity, self._fixed, state))
         if begun:
             self.writers.event(step, "checkpoint")
+        self._note_saved()
 
     def settle(self) -> None:
         """Waits until the last checkpoint is on the disk."""
         with self._stop.saving(lambda: self.saver.longest_s):
             self.saver.settle()
+        self._note_saved()
+
+    def _note_saved(self) -> None:
+        if self.saver.saved not in (None, self._noted):
+            self._noted = self.saver.saved
+            self._account.saved(self._noted)
 
     def _not_saved(self, step: int, why: str) -> None:
         self.writers.event(step, "save failed", error=why)

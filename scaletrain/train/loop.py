@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from scaletrain import heartbeat
+from scaletrain.data.ledger import digest_of_sum
 from scaletrain.data.loader import Batch
 from scaletrain.engine import Engine, Shard
 from scaletrain.train.control import StopRequest
@@ -88,6 +89,9 @@ def train(
                 padded_tokens=int(totals["padded tokens"]),
                 rounds=len(batch.rounds),
                 filler_share=batch.fillers / max(1.0, totals["slots"]),
+                digest=digest_of_sum(totals["digest"]),
+                substituted=int(totals["substituted"]),
+                retried=int(totals["retried"]),
             ),
             loss=total,
             terms=losses | added,
@@ -119,12 +123,14 @@ def attempts(batches: Iterable[Batch]) -> Iterator[tuple[Batch | None, Exception
 
 def _header(batch: Batch | None, names: Sequence[str], stop: StopRequest) -> dict[str, float]:
     """What the ranks tell each other at the start of a step."""
-    if batch is None:
-        return dict.fromkeys([*(f"count {name}" for name in names), "real tokens", "padded tokens", "slots", "stop"], 0.0)
+    batch = batch or Batch(0, (), {}, 0, 0, 0, 0)
     return {
         **{f"count {name}": float(batch.counts.get(name, 0)) for name in names},
         "real tokens": float(batch.real_tokens),
         "padded tokens": float(batch.padded_tokens),
         "slots": float(len(batch.slots)),
+        "digest": float(batch.digest),
+        "substituted": float(len(batch.substitutions)),
+        "retried": float(batch.retried),
         "stop": float(stop.requested),
     }

@@ -60,6 +60,9 @@ class StepTotals:
     padded_tokens: int  # token positions computed: the real tokens and the padding
     rounds: int  # slots that each rank ran one after the other
     filler_share: float  # zero-weight slots over all slots of the step
+    digest: str = ""  # of its samples, as `data.ledger` makes it
+    substituted: int = 0  # samples that could not be read, and that others stand in for
+    retried: int = 0  # reads that had to be tried again
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -83,6 +86,9 @@ class StepRecord:
     rounds: int
     filler_share: float
     skipped: str | None = None  # why the step was not taken
+    digest: str = ""
+    substituted: int = 0
+    retried: int = 0
 
 
 class Meter:
@@ -154,6 +160,9 @@ class Meter:
             rounds=totals.rounds,
             filler_share=totals.filler_share,
             skipped=skipped,
+            digest=totals.digest,
+            substituted=totals.substituted,
+            retried=totals.retried,
         )
 
 

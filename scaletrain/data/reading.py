@@ -1,0 +1,117 @@
+"""Reads chunks whatever the storage does: again after a failure, and in the end another chunk in its place.
+
+::
+
+    read ── failed ──► pause, read again ── failed `retries` times ──► the plan's substitute ── none can be read ──► error
+
+Which chunk takes the place of another is said by the plan, so it is the same on any number of ranks. An evaluation has no
+substitutes: its score is of the whole data set or it is no score.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field
+
+from scaletrain.data.ledger import Substitution
+from scaletrain.data.slots import DealtPlan
+from scaletrain.errors import CorpusError, StorageError
+
+Tokens = NDArray[np.int32]
+FAILURES = (CorpusError, StorageError, OSError)
+"""What a read may fail with: damaged bytes, a disk or a server that does not give them. Anything else is a bug."""
+
+
+class Readable(Protocol):
+    """A corpus as the loader sees it."""
+
+    @property
+    def digest(self) -> str: ...
+
+    def read(self, chunk: int) -> Tokens: ...
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RetryConfig:
+    """What happens when a chunk cannot be read at once."""
+
+    attempts: Annotated[int, Field(ge=1)] = 4
+    """Reads before a chunk is given up and another one takes its place."""
+    pause_s: Annotated[float, Field(ge=0)] = 0.2
+    """Pause before the second read; it doubles each time, and up to half of it is added at random."""
+    read_timeout_s: Annotated[float, Field(gt=0)] = 30.0
+    """Longest that one read may take. The thread that hangs in it is left to itself, and another one reads again."""
+
+
+@dataclass(slots=True)
+class Reading:
+    """What a thread is at, for whoever watches it."""
+
+    corpus: int
+    chunk: int
+    since_s: float
+
+
+class Reader:
+    """The corpora of one plan. ``read`` may be called from many threads."""
+
+    def __init__(self, dealt: DealtPlan, datasets: Sequence[Readable], config: RetryConfig) -> None:
+        self._dealt, self._datasets, self._config = dealt, datasets, config
+
+    def read(
+        self, corpus: int, corpus_pass: int, chunk: int, hung: int, note: Callable[[Reading | None], None]
+    ) -> tuple[Tokens, Substitution | None, int]:
+        """The tokens of a chunk, or of the one that took its place, and how often a read was tried again.
+
+        ``hung``: how many reads of it have been given up already because they did not return. ``note`` is told what is being
+        read, and None in a pause. Raises what the last read raised where there is no substitute that can be read.
+        """
+        tokens, failure, retried = self._attempts(corpus, chunk, hung, note)
+        if tokens is not None:
+            return tokens, None, retried
+        assert failure is not None
+        for substitute in self._dealt.plan.substitutes(corpus, corpus_pass, chunk):
+            note(Reading(corpus, substitute, time.monotonic()))
+            try:
+                tokens = self._datasets[corpus].read(substitute)
+            except FAILURES:
+                continue
+            longest = int(self._dealt.lengths[corpus][chunk])  # the slot has no room for more
+            return tokens[:longest], Substitution(corpus, corpus_pass, chunk, substitute, _said(failure)), retried
+        raise failure
+
+    def _attempts(
+        self, corpus: int, chunk: int, hung: int, note: Callable[[Reading | None], None]
+    ) -> tuple[Tokens | None, Exception | None, int]:
+        failure: Exception | None = None
+        if hung:
+            limit = self._config.read_timeout_s
+            failure = StorageError(f"{self.name(corpus, chunk)}: no answer within {limit:g} s, {hung} times. Check the storage")
+        for attempt in range(hung, self._config.attempts):
+            if attempt:
+                note(None)
+                time.sleep(self._config.pause_s * 2 ** (attempt - 1) * random.uniform(1.0, 1.5))
+            note(Reading(corpus, chunk, time.monotonic()))
+            try:
+                return self._datasets[corpus].read(chunk), None, attempt
+            except FAILURES as error:
+                failure = error
+        return None, failure, self._config.attempts - 1
+
+    def name(self, corpus: int, chunk: int) -> str:
+        """What a chunk is called in messages."""
+        return f"chunk {chunk} of corpus {corpus} ({self._datasets[corpus].digest})"
+
+
+def _said(error: Exception) -> str:
+    """An error in few words: for input, what was found where."""
+    if isinstance(error, CorpusError):
+        return f"{error.field}: {error.value}"
+    return str(error) or type(error).__name__
