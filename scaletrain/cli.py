@@ -108,6 +108,12 @@ VERBS: Mapping[str, Verb] = {
         embedded=True,
         places=("run",),
     ),
+    "inspect audit": Verb(
+        module="scaletrain.recipes.audit",
+        summary="what a run has consumed, to the sample, checked against its plan",
+        embedded=True,
+        places=("run",),
+    ),
     "export": Verb(
         module="scaletrain.recipes.export",
         summary="write a checkpoint as a folder that plain transformers loads",
@@ -135,6 +141,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.umask(os.umask(0o077) | 0o077)
     # The deepspeed launcher adds --local_rank=N to every command; the rank is read from the environment instead.
     given = [argument for argument in (sys.argv[1:] if argv is None else argv) if not argument.startswith("--local_rank=")]
+    if " ".join(given[:2]) in VERBS:  # a verb of two words
+        given[:2] = [" ".join(given[:2])]
     try:
         try:
             return _launch(given[1:]) if given[:1] == ["launch"] else _run(given)
@@ -224,7 +232,7 @@ def _recipe(verb: Verb) -> Any:
 
 def _top_parser() -> argparse.ArgumentParser:
     verbs = {**{name: verb.summary for name, verb in VERBS.items()}, "launch": _LAUNCH_SUMMARY}
-    listing = "\n".join(f"  {name:<12}{summary}" for name, summary in verbs.items())
+    listing = "\n".join(f"  {name:<18}{summary}" for name, summary in verbs.items())
     parser = _Parser(
         prog="scaletrain",
         usage="scaletrain VERB [--config FILE] [key.path=value ...]",

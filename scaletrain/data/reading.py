@@ -22,7 +22,7 @@ from pydantic import Field
 
 from scaletrain.data.ledger import Substitution
 from scaletrain.data.slots import DealtPlan
-from scaletrain.errors import CorpusError, StorageError
+from scaletrain.errors import CorpusError, DataBudgetError, StorageError
 
 Tokens = NDArray[np.int32]
 FAILURES = (CorpusError, StorageError, OSError)
@@ -71,13 +71,15 @@ class Reader:
         """The tokens of a chunk, or of the one that took its place, and how often a read was tried again.
 
         ``hung``: how many reads of it have been given up already because they did not return. ``note`` is told what is being
-        read, and None in a pause. Raises what the last read raised where there is no substitute that can be read.
+        read, and None in a pause. Raises what the last read raised where the plan has no substitutes, and DataBudgetError where
+        none of them can be read.
         """
         tokens, failure, retried = self._attempts(corpus, chunk, hung, note)
         if tokens is not None:
             return tokens, None, retried
         assert failure is not None
-        for substitute in self._dealt.plan.substitutes(corpus, corpus_pass, chunk):
+        substitutes = self._dealt.plan.substitutes(corpus, corpus_pass, chunk)
+        for substitute in substitutes:
             note(Reading(corpus, substitute, time.monotonic()))
             try:
                 tokens = self._datasets[corpus].read(substitute)
@@ -85,6 +87,10 @@ class Reader:
                 continue
             longest = int(self._dealt.lengths[corpus][chunk])  # the slot has no room for more
             return tokens[:longest], Substitution(corpus, corpus_pass, chunk, substitute, _said(failure)), retried
+        if substitutes:
+            raise DataBudgetError(
+                f"{self.name(corpus, chunk)} cannot be read, and none of {len(substitutes)} others in its place: {failure}"
+            ) from failure
         raise failure
 
     def _attempts(

@@ -33,6 +33,7 @@ VERBS = {
     "history": set(),
     "rollback": set(),
     "report": set(),
+    "inspect audit": set(),
     "export": set(),
     "import-deepspeed": {"trust"},
     "quickstart": set(),

@@ -24,12 +24,13 @@ FAULTS = {
     "F13": "another number of ranks, another engine",
     "F14": "resumed twice, saved right after a resume, at the last step",
     "F15": "the loss or the gradient is not finite, or a spike",
+    "F16": "data that is damaged or missing",
     "F18": "what a killed run leaves behind",
     "F19": "two jobs in one folder",
     "F20": "resumed with other settings",
     "F22": "a kill or a failure while old checkpoints go",
 }
-"""Not in it: what befalls the data (F16, F17), whose tests are those of the data layer, and silent errors of a GPU (F21)."""
+"""Not in it: silent errors of a GPU (F21)."""
 
 
 def test_every_fault_has_a_row() -> None:

@@ -23,7 +23,7 @@ from scaletrain.data.ledger import (
 from scaletrain.data.loader import Batch, Loader, LoaderConfig
 from scaletrain.data.plan import MAX_SUBSTITUTES
 from scaletrain.data.reading import RetryConfig
-from scaletrain.errors import CorpusError, StorageError
+from scaletrain.errors import CorpusError, DataBudgetError, StorageError
 from tests.unit.data.test_loader import Texts, collate, content, contents, dealt, whole
 
 NOW = RetryConfig(attempts=3, pause_s=0.001, read_timeout_s=0.15)
@@ -111,7 +111,7 @@ def test_a_bug_is_not_taken_for_damage() -> None:
 
 
 def test_a_corpus_that_cannot_be_read_at_all_is_an_error() -> None:
-    with pytest.raises(CorpusError, match="CRC of"):
+    with pytest.raises(DataBudgetError, match=r"and none of 8 others in its place: .*CRC of"):
         run([Failing(set(range(50)))])
 
 
