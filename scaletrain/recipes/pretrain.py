@@ -116,7 +116,8 @@ def main(config: PretrainConfig, *, fresh: bool = False) -> None:
                         run.settle()
                         run.writers.close()
                         raise
-                if due(record.step, config.checkpoint.every_steps) or at_end or stop.agreed:
+                saves = due(record.step, config.checkpoint.every_steps) and not run.guard.in_doubt
+                if saves or at_end or stop.agreed:
                     run.save(record.step)
                     if not at_end and stop.ask():  # a request that came in a save needs no second one
                         break

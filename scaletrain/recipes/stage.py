@@ -191,7 +191,8 @@ class Stage:
                     writers.close()
                     raise
                 over = at_end or selection.exhausted
-                if over or best or stop.agreed or due(record.step, self._config.checkpoint.every_steps):
+                saves = due(record.step, self._config.checkpoint.every_steps) and not self._guard.in_doubt
+                if over or best or stop.agreed or saves:
                     self._save(record.step, selection, saver, writers)
                     if not over and stop.ask():  # a request that came in a save needs no second one
                         break

@@ -125,6 +125,11 @@ class Guard:
             "Lower optimizer.learning_rate, lengthen the warm-up, or leave the steps out with guard.pass_over"
         )
 
+    @property
+    def in_doubt(self) -> bool:
+        """Whether the last step could not be taken: a save would only push out the one that a roll-back goes back to."""
+        return bool(self._row)
+
     def passes_over(self, step: int) -> bool:
         """Whether ``step`` is in a range that is not to be taken."""
         return any(first <= step <= last for first, last in (*self._config.pass_over, *self._rolled))

@@ -264,11 +264,11 @@ def test_a_damaged_chunk_is_named_with_the_step_that_needed_it(same_tokenizer: P
     shard.write_bytes(content)
     code, message = ended(command("pretrain", settings(copy, tmp_path / "run")))
     first, note = message.split("\n")
-    assert code == 65
-    assert first.startswith(f"{shard}: ")
+    assert code == 66
+    assert f"cannot be read, and none of 8 others in its place: {shard}: " in first
     assert note.startswith("  while the data of step 0 was made ready, reading chunk ")
     record = json.loads((tmp_path / "run" / "exit.json").read_text())
-    assert (record["code"], record["reason"]) == (65, f"{first}\n{note.strip()}")
+    assert (record["code"], record["reason"]) == (66, f"{first}\n{note.strip()}")
 
 
 # ----------------------------------------------------------------------------------- a run folder that holds another run
