@@ -49,6 +49,12 @@ VERBS: Mapping[str, Verb] = {
         summary="clean and tokenise a corpus, write indexed shards",
         permissions={"fresh": "discard what an earlier prepare has left in the output folder"},
     ),
+    "index": Verb(
+        module="scaletrain.recipes.index",
+        summary="make, or check, the indexes of tars that others wrote",
+        embedded=True,
+        folder="index_folder",
+    ),
     "pretrain": Verb(
         module="scaletrain.recipes.pretrain",
         summary="train an encoder on prepared data; continues where the run folder stands",

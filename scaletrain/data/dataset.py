@@ -11,10 +11,7 @@ import bisect
 import hashlib
 import itertools
 import json
-import os
-import threading
 import zlib
-from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +22,7 @@ import numpy.typing as npt
 
 from scaletrain import outside
 from scaletrain.data import index, npy
+from scaletrain.data.files import Files
 from scaletrain.data.tokenizer import folder_digest
 from scaletrain.errors import CorpusError, StorageError, TokenizerError
 
@@ -103,7 +101,7 @@ class Dataset:
         self.lengths.setflags(write=False)
         self.chunks, self.tokens = len(self.lengths), int(self.lengths.sum(dtype=np.int64))
         self._shards, self._firsts = list(shards), [shard.first for shard in shards]
-        self._files = _Files(_FILES_MAX)
+        self._files = Files(_FILES_MAX)
 
     @property
     def faults(self) -> list[tuple[CorpusError, int]]:
@@ -203,38 +201,3 @@ def _open_shard(folder: Path, described: Mapping[str, Any], first: int) -> Shard
     if found != described["index_sha256"] or len(loaded.records) != described["chunks"]:
         raise CorpusError(str(file.with_suffix(".idx")), found, f"the manifest says {described['index_sha256']}", _REMEDY)
     return Shard(file, first, loaded, fault)
-
-
-class _Open:
-    """A file descriptor that closes when the last reader lets go of it: one evicted in mid-read stays valid until then."""
-
-    def __init__(self, file: Path) -> None:
-        self.number = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
-
-    def __del__(self) -> None:
-        if number := getattr(self, "number", None):
-            os.close(number)
-
-
-class _Files:
-    """The shards read last, opened on first use; at most ``limit`` at a time."""
-
-    def __init__(self, limit: int) -> None:
-        self._limit, self._lock = limit, threading.Lock()
-        self._open: OrderedDict[Path, _Open] = OrderedDict()
-
-    def read(self, file: Path, offset: int, length: int) -> bytes:
-        """``length`` bytes at ``offset``, fewer at the end of the file; ``pread`` shares no position between threads."""
-        with self._lock:
-            handle = self._open.pop(file, None)
-        handle = handle or _Open(file)  # not under the lock: a file server that hangs here would hold up all threads
-        with self._lock:
-            self._open[file] = handle
-            if len(self._open) > self._limit:
-                self._open.popitem(last=False)
-        return os.pread(handle.number, length, offset)
-
-    def close(self, file: Path) -> None:
-        """Opens the file again for the next read: what failed may be the handle, of a file that was restored since."""
-        with self._lock:
-            self._open.pop(file, None)

@@ -173,11 +173,16 @@ def members(read: Read, size: int, label: str, *, ends: bool = False) -> Iterato
             _require_zeros(read, offset, size, label)
             return
         kind, length, name = _parse(header, offset, label)
-        data, end = offset + BLOCK, offset + BLOCK + _padded(length)
+        data = offset + BLOCK
+        end = data if kind == b"5" else data + _padded(length)  # a directory has no data, whatever its size field says
         if end > size:
             _refuse(label, name, offset, f"a member that ends at byte {end}", f"the file has {size} bytes: it was cut short")
         if kind in (b"L", b"x", b"g"):
             extended = _extended_name(kind, read, data, length, label)
+            if extended is not None and long_name is not None:
+                _refuse(
+                    label, extended[:100], offset, "a second long name for one member", "readers do not agree on which counts"
+                )
             long_name = extended if extended is not None else long_name
             offset = end
             continue
@@ -263,6 +268,8 @@ def _extended_name(kind: bytes, read: Read, data: int, size: int, label: str) ->
     body = read(data, size)
     try:
         if kind == b"L":
+            if not body.endswith(b"\0"):
+                raise ValueError("a name that goes on")  # beyond its size, where some readers look and others do not
             return body.rstrip(b"\0").decode()
         fields = dict(_pax_fields(body))
     except (ValueError, IndexError):

@@ -24,6 +24,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 VERBS = {
     "prepare": {"fresh"},
+    "index": set(),
     "pretrain": {"fresh"},
     "finetune": {"fresh"},
     "evaluate": set(),

@@ -1,18 +1,17 @@
 """WebDataset tars of ``.txt`` or ``.json`` members.
 
-The tars are walked by the same bounded header reader as the index: nothing is extracted, links, devices and names that lead
-outside are refused, and a tar that was cut short is an error instead of a shorter corpus.
+Each tar is read by its index, which is made on first sight: nothing is extracted, links, devices and names that lead outside are
+refused, and a tar that was cut short, or changed since, is an error instead of another corpus.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from scaletrain.data.index import members
+from scaletrain.data.foreign import TarSet
 from scaletrain.data.sources.files import expand
 from scaletrain.data.sources.jsonl import text_field
 from scaletrain.errors import CorpusError
@@ -32,29 +31,26 @@ class WebdatasetConfig:
     field: str = "text"
     """For ``json``: the field with the text."""
 
+    index_folder: Path | None = None
+    """Where the indexes of the tars are, or go; none given: beside each tar, or in memory where that cannot be written to."""
+    strict: bool = False
+    """Refuse a tar that has no index yet (`scaletrain index` makes it) instead of making it on first sight."""
+
     def documents(self) -> Iterator[str]:
         """Raw documents in the order of the tars. Raises CorpusError."""
         for file in expand(self.paths, (".tar",)):
-            yield from self._documents(file)
+            tars = TarSet.open([file], self.index_folder, strict=self.strict)
+            for key, members in map(tars.read, range(len(tars))):
+                for suffix, data in members.items():
+                    if suffix.lower() == self.member:
+                        yield self._text(data, f"{file}: {key}.{suffix}")
 
-    def _documents(self, file: Path) -> Iterator[str]:
-        with file.open("rb") as stream:
-            descriptor = stream.fileno()
-
-            def read(offset: int, count: int) -> bytes:
-                return os.pread(descriptor, count, offset)
-
-            for member in members(read, os.fstat(descriptor).st_size, str(file), ends=True):
-                # webdataset's rule: the key ends at the first dot, the rest is the suffix
-                if not member.key or member.name[len(member.key) + 1 :].lower() != self.member:
-                    continue
-                where = f"{file}: {member.name}"
-                if member.size > _MEMBER_BYTES_MAX:
-                    raise CorpusError(where, f"{member.size} bytes", f"at most {_MEMBER_BYTES_MAX}", "Split the document")
-                data = read(member.data, member.size)
-                try:
-                    text = data.decode("utf-8-sig")
-                except UnicodeDecodeError as error:
-                    bad = data[error.start : error.start + 8]
-                    raise CorpusError(where, bad, "text is UTF-8", "Convert it and write the tar again") from None
-                yield text if self.member == "txt" else text_field(text, self.field, where)
+    def _text(self, data: bytes, where: str) -> str:
+        if len(data) > _MEMBER_BYTES_MAX:
+            raise CorpusError(where, f"{len(data)} bytes", f"at most {_MEMBER_BYTES_MAX}", "Split the document")
+        try:
+            text = data.decode("utf-8-sig")
+        except UnicodeDecodeError as error:
+            bad = data[error.start : error.start + 8]
+            raise CorpusError(where, bad, "text is UTF-8", "Convert it and write the tar again") from None
+        return text if self.member == "txt" else text_field(text, self.field, where)
