@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Annotated, Any, NamedTuple, Protocol
@@ -145,6 +146,17 @@ class Order:
         return keyed.permute(slot, self._blocks, keys) * self._block + offset
 
 
+def tempered(weight: float, chunks: int, temperature: float) -> float:
+    """The weight of a corpus of ``chunks`` chunks in a mixture of this temperature: ``weight * chunks ** (1 / temperature)``.
+
+    Sampling by an exponent of the size, as for the languages of XLM-R (Conneau et al., arXiv 1911.02116: 0.3) and mT5
+    (Xue et al., arXiv 2010.11934: 0.3), written as a temperature as in Arivazhagan et al., arXiv 1907.05019. As there, a size is
+    counted in what is dealt. At 1 and with equal weights all corpora are passed over equally often, as if they were one; at
+    infinity the weights alone count.
+    """
+    return weight * math.pow(chunks, 1.0 / temperature)
+
+
 class Mixture:
     """Samples dealt to corpora by integer quotas over a cycle of places, each corpus spread evenly over the cycle.
 
@@ -249,6 +261,13 @@ class Plan:
             mine = number == corpus
             chunk[mine] = self._orders[corpus].chunk(corpus_pass[mine], place[mine])
         return Picks(number.astype(np.int16), corpus_pass, chunk)
+
+    def samples_of_corpora(self) -> I64:
+        """Samples of the whole run that come from each of `corpora`; int64, one per corpus."""
+        given = np.zeros(len(self.corpora), dtype=np.int64)
+        for phase in self._phases:
+            given[phase.corpus_number] += phase.mixture.dealt(phase.shape.steps * phase.shape.chunks_per_step)
+        return given
 
     def cursor(self, step: int) -> Cursor:
         """The cursor of a run that has finished `step` steps and is about to take step `step`."""

@@ -174,6 +174,8 @@ class Run:
         if peak:
             facts["peak"] = peak.assumption
         self.writers.event(self.start, "start", **facts)
+        for corpus in self.corpora.mixture():
+            self.writers.event(self.start, "corpus", **corpus)
         self._total_samples = plan.samples_before(config.steps)
         self._noted: int | None = None
         self.saver = Saver(config.output / "checkpoints", self.engine, config.checkpoint, self._not_saved, check=session.check)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 import signal
 import threading
 from pathlib import Path
@@ -16,62 +14,16 @@ import torch
 from scaletrain import checkpoint, dist
 from scaletrain.config import decode, load_tree
 from scaletrain.data.dataset import Dataset
-from scaletrain.engine import Engine
 from scaletrain.errors import CorpusError, RequeueError
 from scaletrain.recipes import pretrain
 from scaletrain.train.metrics import read_jsonl
 from tests import ranks, tiny
+from tests.received import joined, losses, run, weights
 
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny.corpus(tmp_path_factory.mktemp("corpus"))
-
-
-def run(
-    tree: dict[str, Any], die_after: int | None = None, stop_after: int | None = None, lost_after: int | None = None
-) -> dict[str, str]:
-    """One rank of a run; returns the hash of what ``engine.forward`` received, by step and slot."""
-    received: dict[str, str] = {}
-    forward, step = Engine.forward, Engine.clip
-
-    def recorded(self: Engine, slot: Any) -> Any:
-        if self.updates == lost_after and dist.rank() == 1:
-            os.kill(os.getpid(), signal.SIGKILL)
-        content = hashlib.sha256(repr(slot.seed).encode())
-        for name, value in sorted({**slot.inputs, **slot.targets}.items()):
-            content.update(name.encode() + repr(tuple(value.shape)).encode() + value.numpy().tobytes())
-        received[f"{slot.step}/{slot.index}"] = content.hexdigest()
-        return forward(self, slot)
-
-    def interrupted(self: Engine, *arguments: Any) -> Any:
-        if self.updates == die_after:
-            os.kill(os.getpid(), signal.SIGKILL)
-        if self.updates == stop_after and dist.rank() == 1:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return step(self, *arguments)
-
-    Engine.forward, Engine.clip = recorded, interrupted  # type: ignore[method-assign]  # in a process of its own
-    try:
-        pretrain.main(decode(pretrain.Config, tree))
-    finally:
-        Engine.forward, Engine.clip = forward, step  # type: ignore[method-assign]
-    return received
-
-
-def losses(output: Path) -> list[str]:
-    """Loss of every step to the bit, from the record of the run."""
-    return [line["loss_hex"] for line in read_jsonl(output / "metrics.jsonl") if line["kind"] == "step"]
-
-
-def weights(output: Path) -> dict[str, torch.Tensor]:
-    return checkpoint.weights(checkpoint.find(output / "checkpoints")[0])
-
-
-def joined(results: list[dict[str, str]]) -> dict[str, str]:
-    """What all ranks received; a slot that two ranks ran would be a mistake."""
-    assert sum(len(result) for result in results) == len(set().union(*results))
-    return {key: value for result in results for key, value in result.items()}
 
 
 def test_one_two_and_four_ranks_equal_plain_pytorch(prepared: Path, tmp_path: Path) -> None:
@@ -180,37 +132,6 @@ def test_a_held_out_text_without_a_masked_token_is_no_perfect_score(prepared: Pa
     tree = tiny.settings(prepared, tmp_path / "run", steps=1, evaluation={"every_steps": 1}, task=task)
     for outcome in ranks.attempt(run, 2, {"tree": tree}):
         assert (outcome["type"], outcome["exit_code"]) == ("CorpusError", 65)
-
-
-@pytest.fixture(scope="module")
-def second(tmp_path_factory: pytest.TempPathFactory, prepared: Path) -> Path:
-    """Another corpus with the tokenizer of the first, in shorter chunks."""
-    return tiny.corpus(tmp_path_factory.mktemp("second"), max_tokens=14, tokenizer=prepared / "tokenizer", skip=100_000)
-
-
-def test_phases_and_mixtures_go_on_over_their_borders(prepared: Path, second: Path, tmp_path: Path) -> None:
-    """Short rows of one corpus, then two corpora by weight; whole words, unpadded; killed in each phase; 4, 1 and 2 ranks."""
-    data = tiny.settings(prepared, tmp_path)["data"] | {
-        "corpora": [{"path": str(prepared), "weight": 2}, {"path": str(second)}],
-        "warm_up": [{"steps": 4, "chunks_per_step": 16, "corpora": [{"path": str(second)}]}],
-    }
-    changes: dict[str, Any] = {"steps": 9, "data": data, "task": {"whole_word": True}, "checkpoint": {"every_steps": 2}}
-    changes["model"] = {**tiny.MODEL, "layout": "unpadded"}
-    expected = joined(
-        ranks.run(run, 1, {"tree": tiny.settings(prepared, tmp_path / "whole", engine={"name": "local"}, **changes)})
-    )
-    received: dict[str, str] = {}
-    for world, stop_at in ((4, 2), (1, 6), (2, 9)):
-        tree = tiny.settings(prepared, tmp_path / "broken", **changes)
-        outcomes = ranks.attempt(run, world, {"tree": tree, "die_after": stop_at})
-        if stop_at == 9:
-            received = joined([outcome["value"] for outcome in outcomes])
-        assert {outcome["status"] for outcome in outcomes} == ({"ok"} if stop_at == 9 else {f"signal {signal.SIGKILL:d}"})
-    assert received == {key: value for key, value in expected.items() if int(key.split("/")[0]) >= 6}
-    mine, theirs = ([float.fromhex(value) for value in losses(tmp_path / name)] for name in ("broken", "whole"))
-    assert mine == pytest.approx(theirs, abs=1e-5)
-    last = checkpoint.find(tmp_path / "broken" / "checkpoints")[0].progress
-    assert (last.step, dict(last.cursor)) == (9, {"phase": 1, "samples": 5 * 24})
 
 
 def unreadable(tree: dict[str, Any]) -> None:

@@ -7,7 +7,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from scaletrain.data.plan import CorpusShape, Cursor, EvalPlan, Mixture, Order, OrderConfig, PhaseShape, Picks, Plan
+from scaletrain.data.plan import CorpusShape, Cursor, EvalPlan, Mixture, Order, OrderConfig, PhaseShape, Picks, Plan, tempered
 from scaletrain.errors import ConfigError
 
 ORDERS = [OrderConfig(), OrderConfig(block=8, window=1), OrderConfig(block=8, window=4)]
@@ -97,6 +97,32 @@ def test_the_running_index_of_a_corpus_has_no_gap() -> None:
     for number in range(3):
         assert index[corpus == number].tolist() == list(range((corpus == number).sum()))
     assert mixture.dealt(1234).tolist() == np.bincount(corpus[:1234], minlength=3).tolist()
+
+
+def test_at_temperature_one_all_corpora_are_passed_over_equally_often() -> None:
+    sizes = [700, 1500, 96, 5000]
+    mixture = Mixture([tempered(1.0, size, 1.0) for size in sizes])
+    assert (mixture.dealt(10 * sum(sizes)) / sizes).tolist() == pytest.approx([10.0] * 4, rel=0.01)
+
+
+def test_a_temperature_flattens_the_shares_as_the_exponent_of_xlm_r_and_mt5_does() -> None:
+    """p^0.3 over its sum, where p is the share by size; weights multiply."""
+    sizes = np.array([700, 1500, 96, 5000])
+    shares = (sizes / sizes.sum()) ** 0.3
+    quotas = Mixture([tempered(1.0, int(size), 1 / 0.3) for size in sizes]).quotas
+    assert (quotas / quotas.sum()).tolist() == pytest.approx((shares / shares.sum()).tolist(), abs=1 / 4096)
+    tripled = Mixture([tempered(3.0 if size == 96 else 1.0, int(size), 1 / 0.3) for size in sizes]).quotas
+    shares[2] *= 3
+    assert (tripled / tripled.sum()).tolist() == pytest.approx((shares / shares.sum()).tolist(), abs=1 / 4096)
+
+
+def test_an_infinite_temperature_is_the_weights_to_the_bit() -> None:
+    assert [tempered(weight, 10**9 + 7, float("inf")) for weight in (0.1, 1.0, 3e17)] == [0.1, 1.0, 3e17]
+
+
+def test_what_a_run_takes_of_each_corpus_is_what_its_steps_pick(phased: Plan) -> None:
+    picked = [corpus for corpus, _, _ in samples(phased, range(phased.steps))]
+    assert phased.samples_of_corpora().tolist() == [picked.count(0), picked.count(1)]
 
 
 def test_a_pass_over_a_corpus_runs_across_step_and_phase_borders(phased: Plan) -> None:
