@@ -11,7 +11,6 @@ import bisect
 import hashlib
 import itertools
 import json
-import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +21,7 @@ import numpy.typing as npt
 
 from scaletrain import outside
 from scaletrain.data import index, npy
+from scaletrain.data.checksum import crc32
 from scaletrain.data.files import Files
 from scaletrain.data.tokenizer import folder_digest
 from scaletrain.errors import CorpusError, StorageError, TokenizerError
@@ -142,7 +142,7 @@ class Dataset:
         Raises CorpusError when the bytes are not those that were indexed, StorageError when the disk fails.
         """
         shard, offset, span = self._span(chunk)
-        crc = zlib.crc32(span)
+        crc = crc32(span)
         expected = int(shard.index.records[chunk - shard.first]["crc32"])
         if crc != expected:
             self._files.close(shard.file)

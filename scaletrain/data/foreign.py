@@ -10,7 +10,6 @@ import bisect
 import hashlib
 import itertools
 import os
-import zlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from scaletrain.data import index
+from scaletrain.data.checksum import crc32
 from scaletrain.data.files import Files
 from scaletrain.data.shards import write_atomically
 from scaletrain.errors import CorpusError, ScaletrainError, StorageError
@@ -140,7 +140,7 @@ class TarSet:
         except OSError as error:
             self._files.close(tar.file)
             raise StorageError(f"{tar.file}: reading byte {offset} failed: {error.strerror}. Check the storage") from error
-        found = zlib.crc32(data)
+        found = crc32(data)
         if found != expected:
             self._files.close(tar.file)
             raise index.damaged(tar.file, _key(data), offset, expected, found)

@@ -17,7 +17,6 @@ from __future__ import annotations
 import os
 import stat
 import struct
-import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +26,7 @@ import numpy as np
 import numpy.typing as npt
 
 from scaletrain.data import npy
+from scaletrain.data.checksum import crc32
 from scaletrain.errors import CorpusError
 
 BLOCK = 512
@@ -83,7 +83,7 @@ class Index:
     def to_bytes(self) -> bytes:
         """The index as it is stored."""
         body = self.records.tobytes()
-        return _HEADER.pack(_MAGIC, _VERSION, len(self.records), self.shard_bytes, self.tokens, zlib.crc32(body)) + body
+        return _HEADER.pack(_MAGIC, _VERSION, len(self.records), self.shard_bytes, self.tokens, crc32(body)) + body
 
 
 def build(tar: Path) -> Index:
@@ -125,7 +125,7 @@ def load(file: Path, *, shard_bytes: int | None = None) -> Index:
     if size != _HEADER.size + count * RECORD.itemsize:
         raise CorpusError(str(file), f"{size} bytes", f"{count} samples take {_HEADER.size + count * RECORD.itemsize}", remedy)
     records: Records = np.memmap(file, RECORD, "r", _HEADER.size, (count,)) if count else np.empty(0, RECORD)
-    if zlib.crc32(records.tobytes()) != crc or int(records["tokens"].sum(dtype=np.int64)) != tokens:
+    if crc32(records.tobytes()) != crc or int(records["tokens"].sum(dtype=np.int64)) != tokens:
         raise CorpusError(str(file), "other records", "the records match the CRC-32 in the header", remedy)
     if shard_bytes is not None and recorded != shard_bytes:
         raise CorpusError(str(file), f"an index of {recorded} bytes", f"the shard has {shard_bytes} bytes", remedy)
@@ -324,7 +324,7 @@ def _key_at(read: Read, offset: int, size: int, label: str) -> str:
 def _crc(read: Read, offset: int, length: int) -> int:
     crc = 0
     for at in range(offset, offset + length, _PIECE):
-        crc = zlib.crc32(read(at, min(_PIECE, offset + length - at)), crc)
+        crc = crc32(read(at, min(_PIECE, offset + length - at)), crc)
     return crc
 
 

@@ -19,6 +19,7 @@ from scaletrain.data import keyed
 from scaletrain.data.plan import I64, Picks
 
 _CHOOSE, _FATE, _REPLACEMENT = 0, 1, 2
+_BLOCK = 1 << 13
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -63,26 +64,37 @@ def mask(tokens: NDArray[Any], lengths: NDArray[Any], keys: keyed.U64, rule: Mas
     original = tokens.astype(np.int64)
     if not len(original):
         return Masked(original, original[:0], original[:0])
-    begin = np.repeat(np.cumsum(lengths) - lengths, lengths)
-    place = np.arange(len(original))
-    token_keys = np.repeat(keys, lengths)
     is_special = np.zeros(rule.vocab_size, dtype=np.bool_)
     is_special[rule.special] = True
+    selected = _chosen(original, lengths, keyed.derive(keys, _CHOOSE), rule)
+    selected = selected[~is_special[original[selected]]]
 
-    first = place if rule.starts_word is None else _first_of_word(place, begin, rule.starts_word[original])
-    chosen = keyed.uniform(keyed.derive(token_keys, _CHOOSE), first - begin) < rule.rate
-    selected = np.flatnonzero(chosen & ~is_special[original])
-
-    keys_there, place_there = token_keys[selected], (place - begin)[selected]
-    fate = keyed.uniform(keyed.derive(keys_there, _FATE), place_there)
+    ends = np.cumsum(lengths)
+    chunk = np.searchsorted(ends, selected, side="right")
+    place = selected - (ends - lengths)[chunk]
+    fate = keyed.number(keyed.derive_at(keyed.derive(keys, _FATE)[chunk], place))
     ordinary = np.flatnonzero(~is_special)
-    drawn = keyed.uniform(keyed.derive(keys_there, _REPLACEMENT), place_there) * len(ordinary)
+    drawn = keyed.number(keyed.derive_at(keyed.derive(keys, _REPLACEMENT)[chunk], place)) * len(ordinary)
     replacement = np.where(fate < rule.masked + rule.randomised, ordinary[drawn.astype(np.int64)], original[selected])
     corrupted = original.copy()
     corrupted[selected] = np.where(fate < rule.masked, rule.mask_id, replacement)
     return Masked(corrupted, selected, original[selected])
 
 
-def _first_of_word(place: I64, begin: I64, starts: NDArray[np.bool_]) -> I64:
-    """The place of the first token of each token's word; a chunk begins with a word even if it was cut out of one."""
-    return np.maximum.accumulate(np.where(starts | (place == begin), place, 0))
+def _chosen(original: I64, lengths: NDArray[Any], keys: keyed.U64, rule: MaskRule) -> I64:
+    """The places of the chosen tokens, special ones among them: one draw each, or one for every word."""
+    ends = np.cumsum(lengths)
+    begins, word, found = ends - lengths, 0, []
+    for first in range(0, len(original), _BLOCK):  # a long row at once would cost more in fresh memory than in arithmetic
+        last = min(first + _BLOCK, len(original))
+        chunks = slice(int(np.searchsorted(ends, first, "right")), int(np.searchsorted(ends, last - 1, "right")) + 1)
+        inside = np.minimum(ends[chunks], last) - np.maximum(begins[chunks], first)
+        begin, draw = np.repeat(begins[chunks], inside), np.arange(first, last)
+        if rule.starts_word is not None:
+            # The draw of a word is that of its first token; a chunk begins with a word even if it was cut out of one.
+            starts = rule.starts_word[original[first:last]] | (draw == begin)
+            draw = np.maximum.accumulate(np.where(starts, draw, word))
+            word = int(draw[-1])
+        hashes = keyed.derive_at(np.repeat(keys[chunks], inside), draw - begin)
+        found.append(first + np.flatnonzero(keyed.below(hashes, rule.rate)))
+    return np.concatenate(found)

@@ -12,7 +12,6 @@ import hashlib
 import json
 import os
 import shutil
-import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +22,7 @@ import numpy.typing as npt
 
 from scaletrain import durable
 from scaletrain.data import npy
+from scaletrain.data.checksum import crc32
 from scaletrain.data.index import BLOCK, RECORD, Index, Records
 from scaletrain.errors import StorageError
 
@@ -82,7 +82,7 @@ def _tar_header(name: str, size: int) -> bytes:
 
 def crc(data: bytes) -> int:
     """The CRC-32 that the index holds of a sample's span."""
-    return zlib.crc32(data)
+    return crc32(data)
 
 
 @dataclass(frozen=True, slots=True)

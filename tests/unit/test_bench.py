@@ -208,3 +208,15 @@ def test_the_smoke_run_of_checkpoint_measures_every_way(tmp_path: Path) -> None:
         assert row["load_s"]["median"] > 0 and row["bytes"]["median"] > 500_000, way
     assert [check["target"] for check in result["checks"].values()] == ["<= 0.3", "<= 1.2", "<= 1.2"]
     assert not list(tmp_path.iterdir())
+
+
+def test_the_smoke_run_of_loader_reads_with_every_way(tmp_path: Path) -> None:
+    done = run(tmp_path, "--smoke", "--work", str(tmp_path), script="loader")
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert len(result["checks"]) == 6
+    for size in ("2 KB", "64 KB"):
+        for what in ("bytes", "batches"):
+            assert all(result["table"][size][what][way]["samples_per_cpu_s"] > 0 for way in ("ours", "webdataset", "datasets"))
+    assert result["table"]["resume"]["webdataset"]["at 90 %"] > 10 * result["table"]["resume"]["ours"]["at 90 %"]
+    assert list(tmp_path.iterdir()) == []

@@ -94,3 +94,18 @@ def test_the_functions_have_not_changed() -> None:
     assert keyed.key(7, "order", "digest") == 5403111690046965925
     assert keyed.permute(np.arange(10), 10, key=7).tolist() == [6, 5, 2, 9, 3, 1, 8, 0, 7, 4]
     assert keyed.uniform(7, 3)[0] == 0.9082131990553513
+
+
+def test_shortcuts_give_the_same_bits() -> None:
+    keys, places = keyed.derive(3, np.arange(5000)), np.random.default_rng(1).integers(0, 700, 5000)
+    hashes = keyed.derive_at(keys, places)
+    assert np.array_equal(hashes, keyed.derive(keys, places))
+    numbers = keyed.number(hashes)
+    assert np.array_equal(numbers, keyed.uniform(keys, places))
+    for share in (0.0, 1e-300, 0.15, float(numbers[7]), np.nextafter(float(numbers[7]), 1), np.nextafter(1.0, 0), 1.0):
+        assert np.array_equal(keyed.below(hashes, share), numbers < share)
+
+
+def test_long_arrays_are_mixed_as_short_ones() -> None:
+    values = np.arange(50_000, dtype=np.uint64).reshape(5, 10_000)
+    assert np.array_equal(keyed.mix(values), np.array([keyed.mix(row) for row in values]))
