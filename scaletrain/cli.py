@@ -1,7 +1,8 @@
 """The command line: verbs, and nothing but verbs.
 
-Every setting lives in a file or a ``key.path=value``; flags only permit (``--fresh``), show (``--dry-run``, ``--debug``) or name
-the file. A verb's module is imported when the verb is called: ``scaletrain --help`` and ``scaletrain launch`` answer at once.
+Every setting lives in a file or a ``key.path=value``; flags only permit (``--fresh``), show (``--dry-run``, ``--debug``), take a
+slice of the job (``--part``) or name the file. A verb's module is imported when the verb is called: ``scaletrain --help`` and
+``scaletrain launch`` answer at once.
 """
 
 from __future__ import annotations
@@ -33,6 +34,8 @@ class Verb:
     summary: str
     permissions: Mapping[str, str] = field(default_factory=dict)
     """Flag -> what it permits; each is a keyword of ``main``."""
+    slices: str = ""
+    """Where the work can be split over machines: what ``--part I/N`` does, a keyword of ``main`` that takes the text or None."""
     ranks: bool = False
     """Whether ``scaletrain launch`` may run it on several ranks."""
     embedded: bool = False
@@ -47,7 +50,11 @@ VERBS: Mapping[str, Verb] = {
     "prepare": Verb(
         module="scaletrain.recipes.prepare",
         summary="clean and tokenise a corpus, write indexed shards",
-        permissions={"fresh": "discard what an earlier prepare has left in the output folder"},
+        permissions={
+            "fresh": "discard what an earlier prepare has left in the output folder; with --part what that part has left",
+            "merge": "write the folder from its parts, when all of them are done",
+        },
+        slices="tokenise one of N parts, each on a machine of its own if you like; --merge then writes the folder",
     ),
     "index": Verb(
         module="scaletrain.recipes.index",
@@ -184,7 +191,8 @@ def _run(argv: Sequence[str]) -> int:
     heartbeat.begin()
     recipe = _recipe(verb)
     settings = config.load(recipe.Config, options.config, _overrides(verb, options))
-    result = recipe.main(settings, **{permission: getattr(options, permission) for permission in verb.permissions})
+    flags = (*verb.permissions, *(("part",) if verb.slices else ()))
+    result = recipe.main(settings, **{flag: getattr(options, flag) for flag in flags})
     if isinstance(result, Mapping):
         print(json.dumps(result), flush=True)
         return 0
@@ -261,6 +269,8 @@ def _parser(name: str, verb: Verb) -> argparse.ArgumentParser:
         parser.add_argument(f"--{place}", metavar=place.upper(), help=f"the same as {place}={place.upper()}{bare}")
     for permission, meaning in verb.permissions.items():
         parser.add_argument(f"--{permission}", action="store_true", help=meaning)
+    if verb.slices:
+        parser.add_argument("--part", metavar="I/N", help=verb.slices)
     parser.add_argument("--debug", action="store_true", help="show where an error was raised")
     parser.add_argument("-h", "--help", action="store_true", help="this text, with every setting and its default")
     return parser

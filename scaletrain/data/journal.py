@@ -10,8 +10,9 @@ from __future__ import annotations
 import dataclasses
 import fcntl
 import os
+import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from scaletrain.errors import ConfigError, CorpusError
 FORMAT = 1
 _HASH_BYTES = 16
 _LOCK = ".prepare.lock"
+SPLITS = ("train", "validation")
 _OURS = ("manifest.json", "progress.json", _LOCK)
 
 
@@ -42,9 +44,9 @@ class SplitState:
 class Journal:
     """The state of a folder that is being prepared; ``save`` makes it durable."""
 
-    def __init__(self, folder: Path, config: Mapping[str, Any]) -> None:
-        """``config`` is the plain tree of what decides the folder's bytes."""
-        self.folder, self.config = folder, config
+    def __init__(self, folder: Path, config: Mapping[str, Any], parts: int | None = None) -> None:
+        """``config`` is the plain tree of what decides the folder's bytes, ``parts`` how many jobs share the work."""
+        self.folder, self.config, self.parts = folder, config, parts
         self.tokenizer: str | None = None
         self.documents: int | None = None
         """Documents in the source of train, known once the tokenizer was trained on it; for the progress bar."""
@@ -53,19 +55,19 @@ class Journal:
         self._unsaved: list[bytes] = []
 
     @classmethod
-    def open(cls, folder: Path, config: Mapping[str, Any]) -> Journal:
-        """Continue the journal in ``folder``, or begin one.
+    def open(cls, folder: Path, config: Mapping[str, Any], parts: int | None = None) -> Journal:
+        """Continue the journal in ``folder``, or begin one for so many ``parts`` (None: the work is not split).
 
-        Raises ConfigError when the folder was begun with another configuration.
+        Raises ConfigError when the folder was begun with another configuration. A journal that is continued keeps its ``parts``.
         """
-        journal = cls(folder, config)
+        journal = cls(folder, config, parts)
         if not (folder / "progress.json").exists():
             journal.save()
             return journal
         try:
             tree = outside.read_json(folder / "progress.json")
             require_same(folder, tree["config"], config)
-            journal.tokenizer, journal.documents = tree["tokenizer"], tree["documents"]
+            journal.parts, journal.tokenizer, journal.documents = tree.get("parts"), tree["tokenizer"], tree["documents"]
             journal.splits = {name: SplitState(**state) for name, state in tree["splits"].items()}
             seen = int(tree["seen"])
         except (ValueError, TypeError, KeyError, AttributeError):
@@ -101,6 +103,7 @@ class Journal:
         tree = {
             "format": FORMAT,
             "config": self.config,
+            "parts": self.parts,
             "tokenizer": self.tokenizer,
             "documents": self.documents,
             "seen": len(self.seen),
@@ -108,6 +111,14 @@ class Journal:
         }
         write_json(self.folder / "progress.json", tree)
         self._unsaved.clear()
+
+    def restart(self) -> None:
+        """Forget all shards, and remove them; the tokenizer stays."""
+        self.splits.clear()
+        self.seen.clear()
+        self._unsaved.clear()
+        self.save()
+        clear_shards(self.folder)
 
     def remove(self) -> None:
         """Drop the journal of a finished folder."""
@@ -150,17 +161,51 @@ def clear(folder: Path) -> None:
     with storage(folder):
         for name in ("manifest.json", "progress.json", "seen.bin", "report.json"):
             (folder / name).unlink(missing_ok=True)
-        for split in ("train", "validation"):
+        clear_shards(folder)
+        for file in (folder / "tokenizer").glob("*"):
+            file.unlink()
+    clear_parts(folder)
+
+
+def clear_shards(folder: Path) -> None:
+    """Remove the shards of a folder, and what a killed run left of one."""
+    with storage(folder):
+        for split in SPLITS:
             for file in (folder / split).glob("*[0-9].*"):
                 if file.suffix in (".tar", ".idx", ".tmp"):
                     file.unlink()
-        for file in (folder / "tokenizer").glob("*"):
-            file.unlink()
+
+
+def clear_parts(folder: Path, *, waiting: str | None = None) -> None:
+    """Remove what the parts of a folder have left; files that are not theirs stay. ``waiting``: as for ``locked``."""
+    for part in sorted((folder / "parts").glob("*-of-*")):
+        with locked(part, what="part", waiting=waiting):
+            clear_pieces(part)
+            (part / _LOCK).unlink()
+        with suppress(OSError):
+            part.rmdir()
+    with suppress(OSError):
+        (folder / "parts").rmdir()
+
+
+def clear_pieces(part: Path) -> None:
+    """Remove what one part has encoded; the account of it first."""
+    with storage(part):
+        (part / "progress.json").unlink(missing_ok=True)
+        for split in SPLITS:
+            for file in (*part.glob(f"{split}/*.piece"), *part.glob(f"{split}/.*.piece.tmp")):
+                file.unlink()
+            with suppress(OSError):
+                (part / split).rmdir()
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Hold the folder for one prepare at a time; a killed one lets go by itself. Raises ConfigError when another one holds it."""
+def locked(folder: Path, *, what: str = "folder", waiting: str | None = None) -> Iterator[None]:
+    """Hold the folder for one prepare at a time; a killed one lets go by itself.
+
+    When another one holds it: prints ``waiting`` and waits, or, without it, raises ConfigError. ``what`` the folder is, for
+    messages.
+    """
     with storage(folder):
         folder.mkdir(parents=True, exist_ok=True)
         stream = (folder / _LOCK).open("w")
@@ -168,8 +213,11 @@ def locked(folder: Path) -> Iterator[None]:
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            rule = "another prepare is writing this folder"
-            raise ConfigError("output", str(folder), rule, "Wait for it to end, or use another folder") from None
+            if waiting is None:
+                rule = f"another prepare is writing this {what}"
+                raise ConfigError("output", str(folder), rule, "Wait for it to end, or use another one") from None
+            print(waiting, file=sys.stderr, flush=True)
+            fcntl.flock(stream, fcntl.LOCK_EX)
         yield
 
 

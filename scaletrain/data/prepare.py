@@ -23,7 +23,7 @@ from scaletrain.config import to_tree
 from scaletrain.data import dataset, encode, index
 from scaletrain.data import tokenizer as tokenizers
 from scaletrain.data.clean import DROPPED, CleanConfig, clean, dropped, share, text_hash
-from scaletrain.data.journal import Journal, clear, locked, require_ours, require_same
+from scaletrain.data.journal import SPLITS, Journal, clear, locked, require_ours, require_same
 from scaletrain.data.shards import storage, write_atomically, write_json
 from scaletrain.data.sources import SourceConfig, StdlibConfig
 from scaletrain.data.splits import SplitWriter
@@ -75,43 +75,77 @@ def prepare(config: PrepareConfig, *, fresh: bool = False) -> dict[str, Any]:
     for a folder of something else or with other settings, StorageError when the disk is full or read-only.
     """
     folder, started = config.output, time.monotonic()
-    tree = {key: value for key, value in to_tree(config).items() if key not in ("output", "processes")}
     if not fresh and (folder / "manifest.json").exists():
-        return _finished(folder, tree)
+        return finished(config)
     require_ours(folder)
+    require_documents(config)
+    with locked(folder):
+        if fresh:
+            clear(folder)
+        journal = Journal.open(folder, settings(config))
+        if journal.parts is not None:
+            rule = f"{folder} was begun in {journal.parts} parts"
+            raise ConfigError("--part", None, rule, "Run the parts and then --merge, or start over with --fresh")
+        make_tokenizer(config, journal)
+        written, tokenising = 0, time.monotonic()
+        for split in splits(config):
+            writer = split_writer(config, journal, split)
+            written += writer.encode(source_of(config, split).documents(), recipe(config, split), processes(config))
+        ended = time.monotonic()
+        speed = {"seconds": round(ended - started, 3), "tokens_per_s": round(written / (ended - tokenising), 1)}
+        return complete(config, journal, speed)
+
+
+def settings(config: PrepareConfig) -> dict[str, Any]:
+    """What decides the folder's bytes, as a plain tree."""
+    return {key: value for key, value in to_tree(config).items() if key not in ("output", "processes")}
+
+
+def splits(config: PrepareConfig) -> tuple[str, ...]:
+    """The splits that are made, in order: what is in train is not in validation."""
+    return SPLITS if config.validation or config.validation_fraction else SPLITS[:1]
+
+
+def source_of(config: PrepareConfig, split: str) -> SourceConfig:
+    """Where the text of a split comes from."""
+    return config.validation if split == "validation" and config.validation is not None else config.source
+
+
+def processes(config: PrepareConfig) -> int:
+    """How many processes tokenise."""
+    return config.processes or len(os.sched_getaffinity(0))
+
+
+def require_documents(config: PrepareConfig) -> None:
+    """Raise CorpusError for a source that is missing or empty, before anything is written."""
     for source in (config.source, config.validation):
         if source is not None and next(iter(source.documents()), None) is None:
             raise CorpusError(
                 f"source {source.name}", "no documents", "a corpus holds at least one", "Check the path and the field"
             )
-    with locked(folder):
-        if fresh:
-            clear(folder)
-        journal = Journal.open(folder, tree)
-        _make_tokenizer(config, journal)
-        written, tokenising = 0, time.monotonic()
-        for split in ("train", "validation") if config.validation or config.validation_fraction else ("train",):
-            written += _write_split(config, journal, split)
-        ended = time.monotonic()
-        manifest = _manifest(config, journal, tree)
-        speed = {"seconds": round(ended - started, 3), "tokens_per_s": round(written / (ended - tokenising), 1)}
-        report = {"status": "prepared", "output": str(folder), "digest": manifest["digest"], **manifest["report"], **speed}
-        write_json(folder / "report.json", report)
-        write_json(folder / "manifest.json", manifest)
-        journal.remove()
-    return report
 
 
-def _finished(folder: Path, tree: dict[str, Any]) -> dict[str, Any]:
+def finished(config: PrepareConfig) -> dict[str, Any]:
     """The report of a folder that is complete and whole, made with the same settings."""
+    folder = config.output
     manifest = dataset.read_manifest(folder)
-    require_same(folder, manifest["config"], tree)
+    require_same(folder, manifest["config"], settings(config))
     for split in manifest["splits"]:
         dataset.Dataset.open(folder, split)
     return {"status": "already prepared", "output": str(folder), "digest": manifest["digest"], **manifest["report"]}
 
 
-def _make_tokenizer(config: PrepareConfig, journal: Journal) -> None:
+def complete(config: PrepareConfig, journal: Journal, speed: dict[str, float]) -> dict[str, Any]:
+    """Write report and manifest of a folder whose splits are written; the report."""
+    folder, manifest = journal.folder, _manifest(config, journal)
+    report = {"status": "prepared", "output": str(folder), "digest": manifest["digest"], **manifest["report"], **speed}
+    write_json(folder / "report.json", report)
+    write_json(folder / "manifest.json", manifest)
+    journal.remove()
+    return report
+
+
+def make_tokenizer(config: PrepareConfig, journal: Journal) -> None:
     """Train or load the tokenizer into the folder, unless the journal knows it."""
     folder = journal.folder / "tokenizer"
     if journal.tokenizer is not None:
@@ -159,32 +193,38 @@ class _TrainingTexts:
                 yield text
 
 
-def _write_split(config: PrepareConfig, journal: Journal, split: str) -> int:
-    """Write the shards of one split that are missing; the tokens written."""
-    own = split == "validation" and config.validation is not None
-    source = config.validation if own and config.validation is not None else config.source
-    recipe = encode.Recipe(
-        tokenizer=str(journal.folder / "tokenizer"),
+def recipe(config: PrepareConfig, split: str) -> encode.Recipe:
+    """What decides the bytes of a document's chunks in a split."""
+    return encode.Recipe(
+        tokenizer=str(config.output / "tokenizer"),
         max_tokens=config.max_tokens,
         clean=config.clean,
         held_out=config.validation_fraction,
         seed=config.seed,
         validation=split == "validation",
     )
-    processes = config.processes or len(os.sched_getaffinity(0))
-    writer = SplitWriter(journal, split, chunks_per_shard=config.chunks_per_shard, expected=None if own else journal.documents)
-    return writer.run(source.documents(), recipe, processes)
 
 
-def _manifest(config: PrepareConfig, journal: Journal, tree: dict[str, Any]) -> dict[str, Any]:
+def split_writer(config: PrepareConfig, journal: Journal, split: str) -> SplitWriter:
+    """What writes the shards of a split."""
+    return SplitWriter(
+        journal,
+        split,
+        chunks_per_shard=config.chunks_per_shard,
+        deduplicate=config.clean.deduplicate,
+        expected=journal.documents if source_of(config, split) is config.source else None,
+    )
+
+
+def _manifest(config: PrepareConfig, journal: Journal) -> dict[str, Any]:
     """What ``dataset`` reads, and the part of the report that is the same for every run with these settings."""
     vocabulary = tokenizers.Vocabulary.open(journal.folder / "tokenizer")
     report: dict[str, Any] = {"vocab_size": vocabulary.size, "splits": {}}
-    splits = {}
+    described = {}
     for split, state in journal.splits.items():
         totals = {name: sum(shard[name] for shard in state.shards) for name in ("chunks", "tokens")}
         digest = dataset.split_digest(state.shards, vocabulary.digest, config.max_tokens)
-        splits[split] = {"digest": digest, **totals, "shards": state.shards}
+        described[split] = {"digest": digest, **totals, "shards": state.shards}
         reasons = {reason: state.counts.get(reason, 0) for reason in DROPPED}
         documents = {"read": state.documents, "kept": state.counts.get("kept", 0), "held_out": state.counts.get("held_out", 0)}
         if split == "validation" and config.validation_fraction:  # the others of that source were counted in the pass over train
@@ -195,9 +235,9 @@ def _manifest(config: PrepareConfig, journal: Journal, tree: dict[str, Any]) -> 
         "format": dataset.FORMAT,
         "max_tokens": config.max_tokens,
         "tokenizer": {"digest": vocabulary.digest, "vocab_size": vocabulary.size},
-        "splits": splits,
+        "splits": described,
         "report": report,
-        "config": tree,
+        "config": settings(config),
     }
     return {"digest": dataset.canonical_digest(manifest), **manifest}
 

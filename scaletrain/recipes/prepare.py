@@ -4,20 +4,33 @@ from __future__ import annotations
 
 from typing import Any
 
+from scaletrain.data import parts
 from scaletrain.data.prepare import PrepareConfig, prepare
+from scaletrain.errors import ConfigError
 
 Config = PrepareConfig
 
 
-def main(config: PrepareConfig, *, fresh: bool = False) -> dict[str, Any]:
-    """Prepare ``config.output``, print a summary, return the report. Raises what ``data.prepare.prepare`` raises."""
-    report = prepare(config, fresh=fresh)
+def main(config: PrepareConfig, *, fresh: bool = False, merge: bool = False, part: str | None = None) -> dict[str, Any]:
+    """Prepare ``config.output``, or a part of it, print a summary, return the report.
+
+    Raises what ``data.prepare.prepare`` and ``data.parts`` raise.
+    """
+    if merge and part is not None:
+        raise ConfigError("--part", part, "a part is prepared or parts are merged, not both", "Leave out --part or --merge")
+    if part is not None:
+        report = parts.prepare_part(config, parts.Part.parse(part), fresh=fresh)
+    else:
+        report = parts.merge(config, fresh=fresh) if merge else prepare(config, fresh=fresh)
     print("\n".join(summary(report)))
     return report
 
 
 def summary(report: dict[str, Any]) -> list[str]:
     """The report in a few lines for people."""
+    speed = f"  {report['seconds']:.1f} s, {report['tokens_per_s']:,.0f} tokens/s" if "seconds" in report else ""
+    if "part" in report:
+        return [f"{report['status']}: {report['part']} of {report['output']}, {report['tokens']:,} tokens", speed]
     lines = [f"{report['status']}: {report['output']}  (vocabulary {report['vocab_size']:,}, digest {report['digest'][:12]})"]
     for split, counts in report["splits"].items():
         documents = counts["documents"]
@@ -27,6 +40,4 @@ def summary(report: dict[str, Any]) -> list[str]:
             f"  {split}: {documents['kept']:,} of {documents['read']:,} documents{held_out}, "
             f"{counts['chunks']:,} chunks, {counts['tokens']:,} tokens" + (f"; dropped: {lost}" if lost else "")
         )
-    if "seconds" in report:
-        lines.append(f"  {report['seconds']:.1f} s, {report['tokens_per_s']:,.0f} tokens/s tokenised and written")
-    return lines
+    return [*lines, f"{speed} tokenised and written"] if speed else lines

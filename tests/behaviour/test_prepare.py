@@ -5,7 +5,6 @@ from __future__ import annotations
 import gzip
 import json
 import os
-import random
 import shutil
 import signal
 import subprocess
@@ -13,53 +12,29 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from scaletrain import config
 from scaletrain.data import encode, index, tokenizer
 from scaletrain.data.dataset import Dataset, read_manifest
 from scaletrain.data.prepare import PrepareConfig, prepare
 from scaletrain.errors import ConfigError, CorpusError, StorageError, TokenizerError
-
-WORDS = [
-    "".join(letters)
-    for letters in zip(*[iter("lorem ipsum dolor sit amet consectetur adipiscing".replace(" ", ""))] * 3, strict=False)
-]
-
-
-def document(number: int) -> str:
-    """Reproducible prose of 5 to 120 words; every tenth document repeats another one."""
-    chosen = random.Random(number - 7 if number % 10 == 9 else number)
-    return " ".join(chosen.choice(WORDS) + chosen.choice(WORDS) for _ in range(chosen.randint(5, 120)))
+from tests import preparing
+from tests.preparing import contents, descendants, document, fails, run_cli, wait_until_gone
 
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    file = tmp_path_factory.mktemp("corpus") / "corpus.txt.gz"
-    file.write_bytes(gzip.compress("\n".join(map(document, range(2000))).encode()))
-    return file
+    return preparing.write_corpus(tmp_path_factory.mktemp("corpus"))
 
 
 @pytest.fixture(scope="module")
 def settings(corpus: Path) -> Callable[..., PrepareConfig]:
-    """A configuration around the corpus, with some settings replaced."""
-
-    def made(output: Path, **changes: Any) -> PrepareConfig:
-        tree: dict[str, Any] = {
-            "source": {"name": "text", "paths": [str(corpus)], "document": "line"},
-            "validation_fraction": 0.1,
-            "tokenizer": {"name": "wordpiece", "vocab_size": 400},
-            "max_tokens": 32,
-            "chunks_per_shard": 150,
-            "processes": 1,
-        }
-        return config.decode(PrepareConfig, tree | {"output": str(output)} | changes)
-
-    return made
+    return partial(preparing.settings, corpus)
 
 
 @pytest.fixture(scope="module")
@@ -67,26 +42,6 @@ def prepared(settings: Callable[..., PrepareConfig], tmp_path_factory: pytest.Te
     folder = tmp_path_factory.mktemp("prepared") / "folder"
     prepare(settings(folder))
     return folder
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    """Every file of a prepared folder but the report, which has times in it."""
-    files = [file for file in folder.rglob("*") if file.is_file() and file.name != "report.json"]
-    return {str(file.relative_to(folder)): file.read_bytes() for file in files}
-
-
-def run_cli(tmp_path: Path, settings: PrepareConfig, *flags: str) -> subprocess.Popen[str]:
-    """``scaletrain prepare`` as a process of its own."""
-    config.dump(settings, tmp_path / "prepare.yaml")
-    command = [sys.executable, "-m", "scaletrain", "prepare", "--config", str(tmp_path / "prepare.yaml"), *flags]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
-def fails(tmp_path: Path, settings: PrepareConfig) -> tuple[int, str]:
-    """Exit code and last line of the error output."""
-    process = run_cli(tmp_path, settings)
-    _, errors = process.communicate(timeout=120)
-    return process.returncode, errors.strip().splitlines()[-1]
 
 
 # ---------------------------------------------------------------------------------------------------------- what is in the folder
@@ -201,7 +156,7 @@ def test_the_vocabulary_is_learned_from_train_alone(settings: Callable[..., Prep
 def test_two_processes_write_the_bytes_of_one(
     settings: Callable[..., PrepareConfig], prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("scaletrain.data.splits._BATCH_DOCUMENTS", 37)  # other batches, too
+    monkeypatch.setattr("scaletrain.data.batches._BATCH_DOCUMENTS", 37)  # other batches, too
     prepare(settings(tmp_path / "two", processes=2))
     assert contents(tmp_path / "two") == contents(prepared)
 
@@ -259,27 +214,6 @@ def kill_at(moment: Callable[[Path], bool], tmp_path: Path, made: PrepareConfig)
         if process.returncode == -signal.SIGKILL and not (made.output / "manifest.json").exists():
             return children
     raise AssertionError("prepare finished ten times before it could be killed")
-
-
-def descendants(parent: int) -> set[int]:
-    """The processes below ``parent``."""
-    below = {int(pid) for file in Path(f"/proc/{parent}/task").glob("*/children") for pid in file.read_text().split()}
-    return below.union(*(descendants(pid) for pid in below))
-
-
-def wait_until_gone(processes: set[int]) -> set[int]:
-    """Those that are still there after ten seconds; dead ones that nobody has waited for do not count."""
-    deadline = time.monotonic() + 10
-    while time.monotonic() < deadline and any(alive(pid) for pid in processes):
-        time.sleep(0.05)
-    return {pid for pid in processes if alive(pid)}
-
-
-def alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except (FileNotFoundError, ProcessLookupError):
-        return False
 
 
 def interrupt(settings: PrepareConfig, monkeypatch: pytest.MonkeyPatch, shards: int) -> None:

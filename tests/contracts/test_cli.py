@@ -23,7 +23,7 @@ from scaletrain.launcher import LaunchConfig
 ROOT = Path(__file__).resolve().parents[2]
 
 VERBS = {
-    "prepare": {"fresh"},
+    "prepare": {"fresh", "merge"},
     "index": set(),
     "pretrain": {"fresh"},
     "finetune": {"fresh"},
@@ -66,7 +66,12 @@ def test_the_verbs_that_run_on_several_ranks() -> None:
 @pytest.mark.parametrize("verb", VERBS)
 def test_a_verb_takes_its_permissions_and_only_those(verb: str) -> None:
     _settings, *rest = inspect.signature(importlib.import_module(cli.VERBS[verb].module).main).parameters.values()
-    assert {parameter.name: parameter.default for parameter in rest} == dict.fromkeys(VERBS[verb], False)
+    sliced = {"part": None} if cli.VERBS[verb].slices else {}
+    assert {parameter.name: parameter.default for parameter in rest} == dict.fromkeys(VERBS[verb], False) | sliced
+
+
+def test_the_verbs_whose_work_can_be_split_over_machines() -> None:
+    assert {name for name, verb in cli.VERBS.items() if verb.slices} == {"prepare"}
 
 
 @pytest.mark.parametrize("verb", [*VERBS, "launch"])
