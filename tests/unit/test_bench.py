@@ -220,3 +220,14 @@ def test_the_smoke_run_of_loader_reads_with_every_way(tmp_path: Path) -> None:
             assert all(result["table"][size][what][way]["samples_per_cpu_s"] > 0 for way in ("ours", "webdataset", "datasets"))
     assert result["table"]["resume"]["webdataset"]["at 90 %"] > 10 * result["table"]["resume"]["ours"]["at 90 %"]
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_smoke_run_of_damage_accounts_for_every_sample(tmp_path: Path) -> None:
+    done = run(tmp_path, "--smoke", script="damage")
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout.splitlines()[-1])
+    checks = {name.split(",")[0]: check["value"] for name, check in result["checks"].items()}
+    assert checks["samples unaccounted for"] == checks["hostile tars read wrongly"] == checks["written outside"] == 0
+    healthy, *damaged = result["table"]["faults"]
+    assert healthy["webdataset"]["silent"] is False and healthy["ours"] == {"right": 600, "replaced": 0, "unaccounted": 0}
+    assert len(damaged) == 14 and all(row["webdataset"]["silent"] for row in damaged)

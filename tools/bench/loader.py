@@ -103,12 +103,12 @@ def make_tokenizer(work: Path) -> Path:
     return tiny.corpus(work / "text") / "tokenizer"
 
 
-def make_corpus(folder: Path, tokenizer: Path, tokens: int, samples: int) -> Path:
+def make_corpus(folder: Path, tokenizer: Path, tokens: int, samples: int, per_shard: int = 20_000) -> Path:
     """A prepared folder of random tokens; its tars are what all sides read."""
     shutil.copytree(tokenizer, folder / "tokenizer")
     vocabulary = Vocabulary.open(folder / "tokenizer")
     draw, written = np.random.default_rng(1), []
-    per_shard = max(1, min(20_000, samples // 4))
+    per_shard = max(1, min(per_shard, samples // 3))
     ordinary = draw.integers(10, vocabulary.size, (997, tokens)).astype("<u2")
     for shard in range(samples // per_shard):
         writer = shards.ShardWriter(folder, f"train/{shard:06d}")
