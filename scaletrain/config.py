@@ -31,6 +31,8 @@ T = TypeVar("T")
 _BYTES_MAX = 16 << 20
 _SECRET_URL = re.compile(r"://[^/@\s]*:[^/\s]*@")
 """The part of a URL that has a user and a password, as in ``scheme://user:password@host`` (RFC 3986, section 3.2.1)."""
+_QUERY = re.compile(r"(://[^\s?#'\"]*[?#])[^\s'\"]+")
+"""A URL up to its query or fragment, and what follows: signatures and tokens are there."""
 
 
 class _Loader(yaml.SafeLoader):
@@ -160,8 +162,8 @@ def _refuse_secrets(node: Any, path: str) -> None:
 
 
 def redacted(text: str) -> str:
-    """The text without the passwords of URLs in it."""
-    return _SECRET_URL.sub("://***@", text)
+    """The text without the passwords and the queries of URLs in it."""
+    return _QUERY.sub(r"\1***", _SECRET_URL.sub("://***@", text))
 
 
 def load(cls: type[T], file: Path | None, overrides: Sequence[str] = ()) -> T:
