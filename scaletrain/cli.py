@@ -121,6 +121,12 @@ VERBS: Mapping[str, Verb] = {
         embedded=True,
         places=("run",),
     ),
+    "inspect data": Verb(
+        module="scaletrain.recipes.survey",
+        summary="what a folder of shards holds, in figures and pictures, with every byte verified",
+        embedded=True,
+        places=("data",),
+    ),
     "inspect audit": Verb(
         module="scaletrain.recipes.audit",
         summary="what a run has consumed, to the sample, checked against its plan",

@@ -130,7 +130,7 @@ class Dataset:
         if described["digest"] != split_digest(described["shards"], expected, manifest["max_tokens"]):
             raise CorpusError(f"{folder}: digest of {split!r}", described["digest"], "it does not match its shards", _REMEDY)
         firsts = itertools.accumulate((shard["chunks"] for shard in described["shards"]), initial=0)
-        shards = [_open_shard(folder, shard, first) for shard, first in zip(described["shards"], firsts, strict=False)]
+        shards = [open_shard(folder, shard, first) for shard, first in zip(described["shards"], firsts, strict=False)]
         for shard in shards:
             if shard.fault is not None and not tolerant:
                 raise shard.fault
@@ -183,7 +183,7 @@ class Dataset:
             return "?"
 
 
-def _open_shard(folder: Path, described: Mapping[str, Any], first: int) -> Shard:
+def open_shard(folder: Path, described: Mapping[str, Any], first: int) -> Shard:
     """Check one shard and its index against the manifest."""
     try:
         file, fault = outside.plain(folder, described["file"]), None

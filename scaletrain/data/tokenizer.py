@@ -125,6 +125,11 @@ def special_ids(folder: Path) -> npt.NDArray[np.int64]:
     return np.array(sorted(token["id"] for token in _read(folder)["added_tokens"] if token["special"]), np.int64)
 
 
+def token_texts(folder: Path) -> dict[int, str]:
+    """Id -> token as the tokenizer writes it, marks included."""
+    return {number: token for token, number in _ids(_read(folder)).items()}
+
+
 def word_starts(folder: Path) -> npt.NDArray[np.bool_]:
     """Which tokens start a word, shape [vocabulary size]: what whole-word masking groups by.
 

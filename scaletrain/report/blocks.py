@@ -14,6 +14,7 @@ from scaletrain.report.content import (
     Fold,
     GateRow,
     HeatMap,
+    Histograms,
     Judgement,
     Metrics,
     Passage,
@@ -22,6 +23,7 @@ from scaletrain.report.content import (
     Word,
 )
 from scaletrain.report.gate import COLUMNS
+from scaletrain.report.histogram import histogram_figure
 from scaletrain.report.markup import Markup, cut, element, join
 from scaletrain.report.scale import fixed, short
 
@@ -42,6 +44,8 @@ def block(content: Block) -> Markup:
             return _facts(content.facts)
         case Charts():
             return element("div", *map(chart_figure, content.charts), class_="charts")
+        case Histograms():
+            return element("div", *map(histogram_figure, content.histograms), class_="charts")
         case HeatMap():
             return _heat_map(content)
         case Metrics():

@@ -4,8 +4,8 @@
 
     Page        a head with its status, and sections
       Section   a heading and blocks, one under the other
-        Facts, Charts, HeatMap, Metrics, Judgement, Table, Passage     the kinds of block
-        Fold                                                           blocks that open on a click
+        Facts, Charts, Histograms, HeatMap, Metrics, Judgement, Table, Passage     the kinds of block
+        Fold                                                                       blocks that open on a click
 
 All text may come from strangers: it is escaped where it is rendered.
 """
@@ -90,6 +90,23 @@ class Charts:
     """Charts side by side, as many as fit."""
 
     charts: tuple[Chart, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Histogram:
+    """How many there are (``unit``) of each label, in order."""
+
+    title: str
+    unit: str
+    x_name: str
+    bars: tuple[tuple[str, int], ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Histograms:
+    """Histograms side by side, as many as fit."""
+
+    histograms: tuple[Histogram, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -184,7 +201,7 @@ class Fold:
     word: Word | None = None
 
 
-Block: TypeAlias = Facts | Charts | HeatMap | Metrics | Judgement | Table | Passage | Fold
+Block: TypeAlias = Facts | Charts | Histograms | HeatMap | Metrics | Judgement | Table | Passage | Fold
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

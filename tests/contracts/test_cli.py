@@ -34,6 +34,7 @@ VERBS = {
     "history": set(),
     "rollback": set(),
     "report": set(),
+    "inspect data": set(),
     "inspect audit": set(),
     "export": set(),
     "import-deepspeed": {"trust"},
