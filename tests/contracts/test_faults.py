@@ -25,6 +25,7 @@ FAULTS = {
     "F14": "resumed twice, saved right after a resume, at the last step",
     "F15": "the loss or the gradient is not finite, or a spike",
     "F16": "data that is damaged or missing",
+    "F17": "storage that stalls or fails for a while",
     "F18": "what a killed run leaves behind",
     "F19": "two jobs in one folder",
     "F20": "resumed with other settings",

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -35,10 +36,15 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny.corpus(tmp_path_factory.mktemp("corpus"))
 
 
-def run(tree: dict[str, Any], log: str, die_before: int | None = None, damage_before: dict[str, str] | None = None) -> None:
-    """One rank of a run; what ``engine.forward`` received goes into ``log``, a line per slot: step, corpus, chunk, labels."""
+def run(tree: dict[str, Any], log: str, die_before: int | None = None, stall: dict[str, float] | None = None) -> None:
+    """One rank of a run; what ``engine.forward`` received goes into ``log``, a line per slot: step, corpus, chunk, labels.
+
+    ``stall``: on rank 1, the first ``reads`` of the chunk ``chunk`` take ``seconds``.
+    """
     forward, begin = Engine.forward, Engine.begin
-    file = Path(f"{log}.{dist.rank()}")
+    if stall and dist.place().rank == 1:
+        _stall(stall)
+    file = Path(f"{log}.{dist.place().rank}")
 
     def recorded(self: Engine, slot: Any) -> Any:
         if slot.seed and len(slot.samples) and "labels" in slot.targets and self.module.training:
@@ -60,9 +66,25 @@ def run(tree: dict[str, Any], log: str, die_before: int | None = None, damage_be
         Engine.forward, Engine.begin = forward, begin  # type: ignore[method-assign]
 
 
+def _stall(stall: dict[str, float]) -> None:
+    read, reads = Dataset.read, []
+
+    def slow(self: Dataset, chunk: int) -> Any:
+        if chunk == stall["chunk"] and len(reads) < stall["reads"]:
+            reads.append(chunk)
+            time.sleep(stall["seconds"])
+        return read(self, chunk)
+
+    Dataset.read = slow  # type: ignore[method-assign]  # in a process of its own
+
+
 def received(log: Path) -> list[list[Any]]:
     """What all ranks have received, in the order in which it was written."""
-    return [json.loads(line) for file in sorted(log.parent.glob(f"{log.name}.*")) for line in file.read_text().splitlines()]
+    return [row for file in sorted(log.parent.glob(f"{log.name}.*")) for row in rows(file)]
+
+
+def rows(log: Path) -> list[list[Any]]:
+    return [json.loads(line) for line in log.read_text().splitlines()]
 
 
 def shards(folder: Path) -> list[Path]:
@@ -282,3 +304,28 @@ def test_a_checkpoints_folder_that_is_gone_is_not_a_fresh_start(damaged: Path, t
     (outcome,) = ranks.attempt(run, 1, {"tree": tree, "log": str(tmp_path / "log")})
     assert outcome["exit_code"] == 65 and f"says that step {STEPS} was saved" in outcome["error"]
     fault(fault="F6", injected="a resume without the whole folder of checkpoints", outcome="an error unless --fresh")
+
+
+@pytest.mark.parametrize("reads", [2, 1000], ids=["twice", "always"])
+def test_a_read_that_hangs_on_one_rank_is_given_up_and_read_again(prepared: Path, tmp_path: Path, reads: int, fault: Add) -> None:
+    """Of two ranks; the thread hangs for a minute, and the run is over long before."""
+    tree = settings(prepared, tmp_path / "whole")
+    tree |= {"engine": {"name": "zero3", "persistence_threshold": 1000}}
+    tree["data"]["loader"] = {"retry": {"attempts": 3, "pause_s": 0.0, "read_timeout_s": 0.4}}
+    ranks.run(run, 2, {"tree": tree, "log": str(tmp_path / "whole.log")})
+    chunk = min(samples[0][1] for _, samples, *_ in rows(tmp_path / "whole.log.1"))
+    began = time.monotonic()
+    tree["output"] = str(tmp_path / "run")
+    stall = {"chunk": chunk, "reads": reads, "seconds": 60}
+    ranks.run(run, 2, {"tree": tree, "log": str(tmp_path / "run.log"), "stall": stall})
+    assert time.monotonic() - began < 30
+    result = audit(account.read(tmp_path / "run" / account.FILE))
+    assert result.faults == []
+    if reads == 2:
+        assert result.replaced == []
+        assert received(tmp_path / "run.log") == received(tmp_path / "whole.log")
+    else:
+        assert {entry.substitution.chunk for entry in result.replaced} == {chunk}
+        assert "no answer within 0.4 s, 3 times" in result.replaced[0].substitution.reason
+    how, outcome = ("twice", "read again by another thread; exact") if reads == 2 else ("always", "another sample stands in")
+    fault(fault="F17", injected=f"a read hangs for a minute on one rank of two, {how}", outcome=outcome, detect_s=0.4)

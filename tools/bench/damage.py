@@ -6,8 +6,8 @@
 
 A corpus of three shards with 200 samples each; the second is damaged in one way at a time. Of webdataset, with its default
 handler and with the one that ignores errors: how many of the 600 samples came out, how many of those were not what was written,
-and what error was raised. Of ours, one pass over the corpus: samples right, samples that another one stood in for, and the rest, which is
-unaccounted for. Tars of two-part samples, damaged before they were indexed, are refused by name or read rightly.
+and what error was raised. Of ours, one pass over the corpus: samples right, samples that another one stood in for, and the
+rest, which is unaccounted for. Tars of two-part samples, damaged before they were indexed, are refused by name or read rightly.
 
 Then the hostile tars of ``tests/hostile_tars.py``: how many were read and refused, the slowest case, the most memory.
 

@@ -81,6 +81,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             shutil.rmtree(folder)
         folder = make_corpus(Path(work, "million"), tokenizer, 60, 1_000_000 // (part * 2 if options.smoke else 1))
         table["resume"] = resume(folder, rounds)
+        table["memory of a million chunks, bytes each"] = memory(folder)
+        checks["memory, bytes a chunk"] = {"value": table["memory of a million chunks, bytes each"], "target": "<= 4"}
         at_90, at_0 = table["resume"]["ours"]["at 90 %"], table["resume"]["ours"]["at 0"]
         checks["first batch at 90 % - at 0, seconds"] = {"value": round(at_90 - at_0, 4), "target": "<= 0.05"}
     table["plan of 1e9 chunks"] = plan_alone()
@@ -284,6 +286,16 @@ def resume(folder: Path, rounds: int) -> dict[str, Any]:
             table[way][name] = round(statistics.median(taken), 4)
         print(f"{way}: first batch after {table[way]['at 0']} s, at 90 % after {table[way]['at 90 %']} s", flush=True)
     return table
+
+
+def memory(folder: Path) -> float:
+    """What a rank allocates for an open corpus, per chunk; the indexes are mapped, and shared."""
+    tracemalloc.start()
+    ours = Ours(folder)
+    next(ours.batches())
+    taken = tracemalloc.get_traced_memory()[0]
+    tracemalloc.stop()
+    return round(taken / ours.data.chunks, 2)
 
 
 def plan_alone() -> dict[str, float]:
