@@ -8,6 +8,7 @@ not how far reading got: to resume, a new loader starts at a step.
 from __future__ import annotations
 
 import time
+import warnings
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import wait
@@ -142,7 +143,11 @@ class Loader:
                 )
             # Those of later steps too: a thread that hangs there is one less for this step.
             for number, work in enumerate(pending):
-                if work.hangs(self._config.retry.read_timeout_s):
+                if work.hangs(limit_s := self._config.retry.read_timeout_s):
+                    said = (
+                        f"step {work.step}: {self._doing(work)} has taken over {limit_s:g} s (data.loader.retry.read_timeout_s)"
+                    )
+                    warnings.warn(f"{said}; the thread is left to itself, and another one reads again", stacklevel=2)
                     pending[number] = self._workers.replace(work)
         return replace(pending.popleft().future.result(), wait_s=time.perf_counter() - began)
 

@@ -153,7 +153,10 @@ class Hanging(Texts):
 def test_a_thread_that_hangs_is_replaced(workers: int) -> None:
     data = Hanging(times=2)
     try:
-        batches = run([data], workers=workers)
+        with pytest.warns(
+            UserWarning, match=r"step \d: reading chunk 13 of corpus 0 \(a\) has taken over 0\.15 s .* another one reads"
+        ):
+            batches = run([data], workers=workers)
     finally:
         data.released.set()
     assert contents(batches) == contents(run([Texts("a", 50, 100)]))
