@@ -18,6 +18,7 @@ from torch import Tensor
 from scaletrain.data import keyed
 from scaletrain.data.plan import I64, Picks
 from scaletrain.data.slots import Layout
+from scaletrain.errors import ScaletrainError
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -82,7 +83,10 @@ def arrange(tokens: NDArray[Any], lengths: NDArray[Any], frame: Frame, seconds: 
 
     ``seconds`` per chunk counts the tokens before the second part of a pair, and is the chunk's length where there is none.
     Frames that ask for it get `token_type_ids`, of the shape of `input_ids`: 1 in second parts and the token that ends them.
+    Raises ScaletrainError for a negative id, which is how a chunk marks words (``words``) and no row of an embedding.
     """
+    if np.min(tokens, initial=0) < 0:
+        raise ScaletrainError(f"tokens: got {np.min(tokens)}; a model reads ids from 0. Take words.plain of what a chunk stores")
     real = int(np.sum(lengths)) + 2 * len(lengths)
     if not len(lengths):
         lengths = np.zeros(1, dtype=np.int64)

@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from scaletrain import outside
-from scaletrain.data import index, npy
+from scaletrain.data import index, npy, words
 from scaletrain.data.checksum import crc32
 from scaletrain.data.files import Files
 from scaletrain.data.tokenizer import folder_digest
@@ -139,6 +139,13 @@ class Dataset:
     def read(self, chunk: int) -> npt.NDArray[np.int32]:
         """The token ids of one chunk, shape [lengths[chunk]], int32, without special tokens.
 
+        Raises what ``stored`` raises.
+        """
+        return words.plain(self.stored(chunk))
+
+    def stored(self, chunk: int) -> npt.NDArray[np.int32]:
+        """One chunk as it is stored: ids, or their complements where words start against the vocabulary's rule (``words``).
+
         Raises CorpusError when the bytes are not those that were indexed, StorageError when the disk fails.
         """
         shard, offset, span = self._span(chunk)
@@ -181,6 +188,21 @@ class Dataset:
             return next(index.members(lambda at, count: span[at : at + count], len(span), "")).key
         except (CorpusError, StopIteration):
             return "?"
+
+
+@dataclass(frozen=True, slots=True)
+class AsStored:
+    """A data set for a task that masks: its chunks come with the marks of their words."""
+
+    dataset: Dataset
+
+    @property
+    def digest(self) -> str:
+        return self.dataset.digest
+
+    def read(self, chunk: int) -> npt.NDArray[np.int32]:
+        """What ``Dataset.stored`` gives."""
+        return self.dataset.stored(chunk)
 
 
 def open_shard(folder: Path, described: Mapping[str, Any], first: int) -> Shard:

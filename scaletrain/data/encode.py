@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from scaletrain.data import shards
+from scaletrain.data import shards, words
 from scaletrain.data.clean import DROPPED, CleanConfig, clean, dropped, share, text_hash
 from scaletrain.data.index import RECORD
 from scaletrain.data.tokenizer import encoder, word_starts
@@ -30,7 +30,8 @@ from scaletrain.errors import ScaletrainError
 if TYPE_CHECKING:
     import tokenizers
 
-Ids = npt.NDArray[np.unsignedinteger[Any]]
+Ids = npt.NDArray[np.integer[Any]]
+Marks = npt.NDArray[np.bool_]
 
 KEPT = len(DROPPED)
 OTHER_SPLIT = KEPT + 1
@@ -51,6 +52,8 @@ class Recipe:
     seed: int
     validation: bool
     """Encode the documents of validation instead of those of train."""
+    segmenter: words.Segmenter = "none"
+    """What says where words start in a script that writes no blanks between them."""
 
 
 class Batch(NamedTuple):
@@ -83,7 +86,11 @@ class Encoder:
         self.recipe = recipe
         self._tokenizer: tokenizers.Tokenizer = encoder(Path(recipe.tokenizer))
         self._starts = word_starts(Path(recipe.tokenizer))
-        self._dtype = np.dtype("<u2" if len(self._starts) <= 1 << 16 else "<u4")
+        self._cut = words.load(recipe.segmenter)
+        signed = self._cut is not None  # the sign carries what the segmenter said
+        self._dtype = np.dtype("<i2" if signed else "<u2")
+        if len(self._starts) > 1 << 8 * self._dtype.itemsize - signed:
+            self._dtype = np.dtype("<i4" if signed else "<u4")
 
     def encode(self, batch: Batch) -> Encoded:
         """Clean, judge, tokenise and pack a batch."""
@@ -92,11 +99,11 @@ class Encoder:
         hashes = [text_hash(text) for text in texts]
         outcomes = bytearray(self._judge(text, hashed) for text, hashed in zip(texts, hashes, strict=True))
         wanted = [number for number, outcome in enumerate(outcomes) if outcome == KEPT]
-        encodings = self._tokenizer.encode_batch_fast([texts[number] for number in wanted], add_special_tokens=False)
+        tokenise = self._tokenizer.encode_batch_fast if self._cut is None else self._tokenizer.encode_batch  # with offsets
+        encodings = tokenise([texts[number] for number in wanted], add_special_tokens=False)
         counts, samples, lengths = [0] * len(documents), [], []
         for number, encoding in zip(wanted, encodings, strict=True):
-            ids = np.array(encoding.ids, self._dtype)
-            pieces = list(split(ids, self.recipe.max_tokens, self._starts))
+            pieces = self._pieces(texts[number], encoding)
             counts[number] = len(pieces)
             if not pieces:
                 outcomes[number] = DROPPED.index("no_tokens")
@@ -110,6 +117,16 @@ class Encoder:
             data=b"".join(samples),
         )
 
+    def _pieces(self, text: str, encoding: tokenizers.Encoding) -> list[Ids]:
+        """The chunks of a document as they are stored."""
+        ids = np.array(encoding.ids, self._dtype)
+        rule = self._starts[ids]
+        if self._cut is None:
+            return list(split(ids, self.recipe.max_tokens, rule))
+        starts = words.token_starts(text, encoding.offsets, self._cut, rule)
+        sentences = words.sentence_starts(text, encoding.offsets)
+        return list(split(words.mark(ids, starts, rule), self.recipe.max_tokens, starts, sentences))
+
     def _judge(self, text: str, hashed: bytes) -> int:
         recipe = self.recipe
         reason = dropped(text, recipe.clean)
@@ -121,13 +138,21 @@ class Encoder:
         return KEPT
 
 
-def split(ids: Ids, max_tokens: int, starts: npt.NDArray[np.bool_]) -> Iterator[Ids]:
-    """Cut a document into pieces of at most ``max_tokens``, before a word where one starts within the last few tokens."""
+def split(ids: Ids, max_tokens: int, starts: Marks, sentences: Marks | None = None) -> Iterator[Ids]:
+    """Cut a document into pieces of at most ``max_tokens``.
+
+    A cut is made before a sentence if one starts within the last few tokens, else before a word, else where the piece is full;
+    ``starts`` and ``sentences`` say of each token whether it starts one.
+    """
     at = 0
     while len(ids) - at > max_tokens:
         end = at + max_tokens
-        back = np.flatnonzero(starts[ids[max(at + 1, end - _BACK_TOKENS + 1) : end + 1]][::-1])
-        end -= int(back[0]) if len(back) else 0
+        window = slice(max(at + 1, end - _BACK_TOKENS + 1), end + 1)
+        for marks in (starts,) if sentences is None else (sentences, starts):
+            back = np.flatnonzero(marks[window][::-1])
+            if len(back):
+                end -= int(back[0])
+                break
         yield ids[at:end]
         at = end
     if len(ids) > at:

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from scaletrain.data import keyed
+from scaletrain.data import keyed, words
 from scaletrain.data.plan import I64, Picks
 
 _CHOOSE, _FATE, _REPLACEMENT = 0, 1, 2
@@ -28,7 +28,8 @@ class MaskRule:
 
     ``rate`` of the ordinary tokens are chosen. Of those a share ``masked`` becomes ``mask_id``, a share ``randomised`` a random
     ordinary token, and the rest stays. ``special`` (ids, ascending) are neither chosen nor drawn. ``starts_word`` [vocab_size]
-    makes whole words share one choice; without it every token is chosen by itself.
+    makes whole words share one choice, the exceptions that a chunk has stored included (``words``); without it every token is
+    chosen by itself.
     """
 
     rate: float
@@ -57,16 +58,17 @@ def chunk_keys(seed: int, corpora: Sequence[str], picks: Picks) -> keyed.U64:
 
 
 def mask(tokens: NDArray[Any], lengths: NDArray[Any], keys: keyed.U64, rule: MaskRule) -> Masked:
-    """Masks chunks that lie end to end in ``tokens`` [n]; ``lengths`` and ``keys`` have one entry per chunk.
+    """Masks chunks as stored that lie end to end in ``tokens`` [n]; ``lengths`` and ``keys`` have one entry per chunk.
 
     A token's draws are keyed by its chunk and its place in the chunk, so every chunk is masked as it would be alone.
     """
-    original = tokens.astype(np.int64)
+    stored = tokens.astype(np.int64)
+    original = words.plain(stored)
     if not len(original):
         return Masked(original, original[:0], original[:0])
     is_special = np.zeros(rule.vocab_size, dtype=np.bool_)
     is_special[rule.special] = True
-    selected = _chosen(original, lengths, keyed.derive(keys, _CHOOSE), rule)
+    selected = _chosen(stored, lengths, keyed.derive(keys, _CHOOSE), rule)
     selected = selected[~is_special[original[selected]]]
 
     ends = np.cumsum(lengths)
@@ -81,18 +83,18 @@ def mask(tokens: NDArray[Any], lengths: NDArray[Any], keys: keyed.U64, rule: Mas
     return Masked(corrupted, selected, original[selected])
 
 
-def _chosen(original: I64, lengths: NDArray[Any], keys: keyed.U64, rule: MaskRule) -> I64:
+def _chosen(stored: I64, lengths: NDArray[Any], keys: keyed.U64, rule: MaskRule) -> I64:
     """The places of the chosen tokens, special ones among them: one draw each, or one for every word."""
     ends = np.cumsum(lengths)
     begins, word, found = ends - lengths, 0, []
-    for first in range(0, len(original), _BLOCK):  # a long row at once would cost more in fresh memory than in arithmetic
-        last = min(first + _BLOCK, len(original))
+    for first in range(0, len(stored), _BLOCK):  # a long row at once would cost more in fresh memory than in arithmetic
+        last = min(first + _BLOCK, len(stored))
         chunks = slice(int(np.searchsorted(ends, first, "right")), int(np.searchsorted(ends, last - 1, "right")) + 1)
         inside = np.minimum(ends[chunks], last) - np.maximum(begins[chunks], first)
         begin, draw = np.repeat(begins[chunks], inside), np.arange(first, last)
         if rule.starts_word is not None:
             # The draw of a word is that of its first token; a chunk begins with a word even if it was cut out of one.
-            starts = rule.starts_word[original[first:last]] | (draw == begin)
+            starts = words.starts(stored[first:last], rule.starts_word) | (draw == begin)
             draw = np.maximum.accumulate(np.where(starts, draw, word))
             word = int(draw[-1])
         hashes = keyed.derive_at(np.repeat(keys[chunks], inside), draw - begin)

@@ -18,12 +18,12 @@ HEADER_BYTES_MAX = 256
 """The headers of such arrays take 128 bytes; another writer may pad them differently."""
 
 _MAGIC = b"\x93NUMPY\x01\x00"
-_HEADER = re.compile(rb"\{'descr': '<(u[24]|i[48])', 'fortran_order': False, 'shape': \((\d{1,10}),\), \} *\n")
+_HEADER = re.compile(rb"\{'descr': '<(u[24]|i[248])', 'fortran_order': False, 'shape': \((\d{1,10}),\), \} *\n")
 
 
 @functools.lru_cache(maxsize=8192)
 def header(tokens: int, dtype: str) -> bytes:
-    """The bytes before the data of an array of ``tokens`` items of ``dtype`` (``<u2`` or ``<u4``)."""
+    """The bytes before the data of an array of ``tokens`` items of ``dtype`` (``<u2``, ``<u4``, or signed)."""
     text = f"{{'descr': '{dtype}', 'fortran_order': False, 'shape': ({tokens},), }}".encode()
     room = -(len(_MAGIC) + 2 + len(text) + 1) % 64  # the format aligns the data to 64 bytes
     return _MAGIC + struct.pack("<H", len(text) + room + 1) + text + b" " * room + b"\n"

@@ -117,7 +117,7 @@ def prepare_part(config: PrepareConfig, part: Part, *, fresh: bool = False) -> d
     require_ours(output)
     if (output / "manifest.json").exists():
         return whole.finished(config)
-    whole.require_documents(config)
+    whole.require_inputs(config)
     folder = part.folder(output)
     with locked(output, waiting=f"waiting: another job holds {output}, to make the tokenizer or to merge"):
         if (output / "manifest.json").exists():

@@ -20,7 +20,7 @@ import numpy as np
 from pydantic import Field
 
 from scaletrain.config import to_tree
-from scaletrain.data import dataset, encode, index
+from scaletrain.data import dataset, encode, index, words
 from scaletrain.data import tokenizer as tokenizers
 from scaletrain.data.clean import DROPPED, CleanConfig, clean, dropped, share, text_hash
 from scaletrain.data.journal import SPLITS, Journal, clear, locked, require_ours, require_same
@@ -53,6 +53,8 @@ class PrepareConfig:
     """Train a vocabulary on the training text, or load one."""
     max_tokens: Annotated[int, Field(ge=8, le=1 << 20)] = 126
     """Longest chunk, without special tokens; longer documents are cut into pieces, between words where possible."""
+    segmenter: words.Segmenter = "none"
+    """Where words start in Chinese, for whole-word masking; the model reads characters as before. Needs scaletrain[chinese]."""
     chunks_per_shard: Annotated[int, Field(ge=1)] = 16_384
     """A shard ends with the document that reaches this many chunks."""
     processes: Annotated[int, Field(ge=1)] | None = None
@@ -78,7 +80,7 @@ def prepare(config: PrepareConfig, *, fresh: bool = False) -> dict[str, Any]:
     if not fresh and (folder / "manifest.json").exists():
         return finished(config)
     require_ours(folder)
-    require_documents(config)
+    require_inputs(config)
     with locked(folder):
         if fresh:
             clear(folder)
@@ -97,8 +99,15 @@ def prepare(config: PrepareConfig, *, fresh: bool = False) -> dict[str, Any]:
 
 
 def settings(config: PrepareConfig) -> dict[str, Any]:
-    """What decides the folder's bytes, as a plain tree."""
-    return {key: value for key, value in to_tree(config).items() if key not in ("output", "processes")}
+    """What decides the folder's bytes, as a plain tree.
+
+    Settings that came later are left out where they change nothing, so that a folder made before them is still the same one.
+    """
+    tree = {key: value for key, value in to_tree(config).items() if key not in ("output", "processes")}
+    for part, name, neutral in ((tree, "segmenter", "none"), *((tree["tokenizer"], name, False) for name in ("nfkc", "ascii"))):
+        if part.get(name) == neutral:
+            del part[name]
+    return tree
 
 
 def splits(config: PrepareConfig) -> tuple[str, ...]:
@@ -116,8 +125,9 @@ def processes(config: PrepareConfig) -> int:
     return config.processes or len(os.sched_getaffinity(0))
 
 
-def require_documents(config: PrepareConfig) -> None:
-    """Raise CorpusError for a source that is missing or empty, before anything is written."""
+def require_inputs(config: PrepareConfig) -> None:
+    """Raise before anything is written: CorpusError for a source that is missing or empty, ConfigError for a segmenter."""
+    words.load(config.segmenter)
     for source in (config.source, config.validation):
         if source is not None and next(iter(source.documents()), None) is None:
             raise CorpusError(
@@ -202,6 +212,7 @@ def recipe(config: PrepareConfig, split: str) -> encode.Recipe:
         held_out=config.validation_fraction,
         seed=config.seed,
         validation=split == "validation",
+        segmenter=config.segmenter,
     )
 
 

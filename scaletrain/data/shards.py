@@ -65,7 +65,7 @@ def write_json(file: Path, tree: Any) -> None:
     write_atomically(file, (json.dumps(tree, indent=1, ensure_ascii=False) + "\n").encode())
 
 
-def sample(key: str, ids: npt.NDArray[np.unsignedinteger[Any]]) -> bytes:
+def sample(key: str, ids: npt.NDArray[np.integer[Any]]) -> bytes:
     """One chunk as the member ``KEY.npy`` of a tar: header, array (its own dtype, little endian), padding to a block."""
     data = npy.header(len(ids), ids.dtype.str) + ids.tobytes()
     return _tar_header(f"{key}.npy", len(data)) + data + bytes(-len(data) % BLOCK)

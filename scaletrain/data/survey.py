@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from scaletrain.data import index, npy
+from scaletrain.data import index, npy, words
 from scaletrain.data.index import BLOCK, Records
 from scaletrain.errors import CorpusError, ScaletrainError
 
@@ -29,7 +29,7 @@ I64 = npt.NDArray[np.int64]
 _ARRAY_AT = BLOCK
 """Where the array of a sample begins that `shards.sample` wrote, and from there its data."""
 _DATA_AT = BLOCK + len(npy.header(1, "<u2"))
-_HEADS = {dtype: np.frombuffer(npy.header(1, dtype)[:24], np.uint8) for dtype in ("<u2", "<u4")}
+_HEADS = {dtype: np.frombuffer(npy.header(1, dtype)[:24], np.uint8) for dtype in ("<u2", "<u4", "<i2", "<i4")}
 """What the headers of all arrays of a dtype have in common."""
 
 
@@ -185,8 +185,9 @@ def _usual(chunks: _Chunks, dtype: str) -> npt.NDArray[np.bool_]:
 
 
 def _add(ids: I64, owners: I64, occurrences: I64, problems: dict[int, str]) -> None:
-    """Counts ``ids``; where one is outside of the vocabulary, says so of the chunk that it is in."""
-    outside = (ids < 0) | (ids >= len(occurrences))
+    """Counts tokens as they are stored; where one is outside of the vocabulary, says so of the chunk that it is in."""
+    ids = words.plain(ids)
+    outside = ids >= len(occurrences)
     for token, owner in zip(ids[outside].tolist(), owners[outside].tolist(), strict=True):
         problems[owner] = f"token {token} is outside of the vocabulary of {len(occurrences)}"
     occurrences += np.bincount(ids[~outside], minlength=len(occurrences))

@@ -40,6 +40,10 @@ class WordPieceConfig:
     """Entries, special tokens included; a small corpus may fill fewer."""
     lowercase: bool = True
     """Fold case and strip accents."""
+    nfkc: bool = False
+    """Give compatibility forms the tokens of the plain ones, full-width letters, digits and punctuation among them (NFKC)."""
+    ascii: bool = False
+    """Know printable ASCII characters even if the training text lacks them, as Chinese novels do and news do not."""
     alphabet: Annotated[int, Field(ge=1)] = 6_000
     """At most so many different characters get a token of their own: the most frequent ones."""
     min_frequency: Annotated[int, Field(ge=1)] = 2
@@ -216,7 +220,11 @@ def _train_wordpiece(config: WordPieceConfig, texts: Callable[[], Iterable[str]]
     plain = _bert_tokenizer(config)
     words = collections.Counter(word for text in texts() for word in plain.normalizer.normalize_str(text).split())
     special, alphabet = list(_BERT_TOKENS.values()), _alphabet(words, config.alphabet)
-    inside = _train_on(plain, words, alphabet, vocab_size=0, min_frequency=1).get_vocab()
+    inside = {*_train_on(plain, words, alphabet, vocab_size=0, min_frequency=1).get_vocab()}
+    if config.ascii:
+        known = set(plain.normalizer.normalize_str("".join(map(chr, range(0x21, 0x7F)))))
+        alphabet = sorted({*alphabet, *known})
+        inside |= {f"##{char}" for char in known if char.isalnum()}
     fixed = [*special, *alphabet, *sorted(token for token in inside if token.startswith("##") and len(token) == 3)]
     if config.vocab_size < len(fixed):
         rule = f"the special tokens and the corpus's {len(alphabet)} characters, alone and inside words, take {len(fixed)}"
@@ -233,11 +241,12 @@ def _train_wordpiece(config: WordPieceConfig, texts: Callable[[], Iterable[str]]
 
 
 def _bert_tokenizer(config: WordPieceConfig) -> tokenizers.Tokenizer:
-    """BERT's normaliser and pre-tokeniser around an empty vocabulary."""
+    """BERT's normaliser and pre-tokeniser, which make every Han character a word, around an empty vocabulary."""
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 
     tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
-    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=config.lowercase)
+    bert = normalizers.BertNormalizer(lowercase=config.lowercase)
+    tokenizer.normalizer = normalizers.Sequence([normalizers.NFKC(), bert]) if config.nfkc else bert
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     return tokenizer
 

@@ -11,7 +11,7 @@ from typing import Annotated
 from pydantic import Field
 
 from scaletrain import dist
-from scaletrain.data.dataset import Dataset, read_manifest
+from scaletrain.data.dataset import AsStored, Dataset, read_manifest
 from scaletrain.data.ledger import DamageConfig
 from scaletrain.data.loader import Loader, LoaderConfig
 from scaletrain.data.plan import CorpusShape, EvalPlan, OrderConfig, PhaseShape, Plan, tempered
@@ -139,7 +139,8 @@ class Corpora:
         return MaskedLanguageModelling(config, self.vocabulary, self.dealing, [dataset.digest for dataset in self.datasets], seed)
 
     def loader(self, task: MaskedLanguageModelling) -> Loader:
-        return Loader(self._train, self.datasets, task.collate, dist.rank(), dist.world(), self._config.loader)
+        stored = [AsStored(dataset) for dataset in self.datasets]
+        return Loader(self._train, stored, task.collate, dist.rank(), dist.world(), self._config.loader)
 
     def held_out(self, chunks_per_pass: int) -> HeldOut:
         """The validation splits of the main phase's corpora. Raises CorpusError where one has none."""
@@ -167,7 +168,8 @@ class HeldOut:
         return task.for_evaluation([dataset.digest for dataset in self.datasets])
 
     def loader(self, task: MaskedLanguageModelling) -> Loader:
-        return Loader(self.dealt, self.datasets, task.collate, dist.rank(), dist.world(), self._loader)
+        stored = [AsStored(dataset) for dataset in self.datasets]
+        return Loader(self.dealt, stored, task.collate, dist.rank(), dist.world(), self._loader)
 
 
 def _check_damage(dataset: Dataset, damage: DamageConfig) -> None:

@@ -169,3 +169,39 @@ def test_a_pretrained_tokenizer_without_a_mask_token_is_refused(folder: Path, tm
 def test_a_folder_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
     with pytest.raises(TokenizerError, match=r"got 'no tokenizer.json'"):
         Vocabulary.open(tmp_path)
+
+
+# ------------------------------------------------------------------------------------------------------------------------ Chinese
+
+CHINESE = ["北京大学的学生，都很好！", "他说：“好。”她问：“好吗？”", "学生说北京很好。"]
+
+
+def pieces(texts: list[str], config: WordPieceConfig, text: str) -> list[str]:
+    return list(tokenizer.train(config, lambda: texts, max_tokens=126).tokenize(text))
+
+
+def test_each_han_character_and_each_mark_is_a_token_even_where_they_stand_together_often() -> None:
+    for text in CHINESE:
+        assert pieces(CHINESE * 50, WordPieceConfig(vocab_size=256), text) == list(text)
+
+
+def test_full_width_forms_are_the_plain_ones_with_nfkc_and_their_own_without() -> None:
+    texts = [*CHINESE, "ABC 123, !"] * 50
+    wide, plain = "ＡＢＣ　１２３，！", ["abc", "123", ",", "!"]
+    assert pieces(texts, WordPieceConfig(vocab_size=256, nfkc=True), wide) == plain
+    assert pieces(texts, WordPieceConfig(vocab_size=256), wide) == ["[UNK]", "[UNK]", "，", "！"]
+    config = WordPieceConfig(vocab_size=256, nfkc=True)
+    assert pieces([text.replace("，", ",") for text in texts], config, "，") == pieces(texts, config, ",") == [","]
+
+
+def test_latin_letters_and_digits_are_known_with_ascii_though_the_text_has_none() -> None:
+    text = "用 Python3 写 C++，π"
+    assert pieces(CHINESE * 50, WordPieceConfig(vocab_size=512), text).count("[UNK]") == 7
+    known = pieces(CHINESE * 50, WordPieceConfig(vocab_size=512, ascii=True), text)
+    assert known == ["[UNK]", "p", "##y", "##t", "##h", "##o", "##n", "##3", "[UNK]", "c", "+", "+", "，", "[UNK]"]
+
+
+def test_more_characters_than_the_alphabet_has_room_for_leave_the_frequent_ones() -> None:
+    rare = "".join(map(chr, range(0x4E00, 0x4E00 + 300)))
+    made = pieces([rare, *CHINESE * 5], WordPieceConfig(vocab_size=256, alphabet=40), CHINESE[0] + rare[-3:])
+    assert made == [*CHINESE[0], "[UNK]", "[UNK]", "[UNK]"]
