@@ -35,7 +35,7 @@ def check_identity(checkpoint: Checkpoint, identity: Mapping[str, str]) -> None:
         first = next(iter(found))
         rule = f"the checkpoint {checkpoint.folder} was written with {before.get(first)!r}"
         remedy = "Use the settings of that run, another output folder, or --fresh."
-        error = CheckpointError(first, identity[first], rule, remedy)
+        error = CheckpointError(first, identity.get(first), rule, remedy)
         for what in found:
             if what != first:
                 error.add_note(found[what])
@@ -46,9 +46,9 @@ def differences(checkpoint: Checkpoint, identity: Mapping[str, str]) -> dict[str
     """What of ``identity`` is not as in the checkpoint's: its name, and a sentence with both values."""
     before = checkpoint.progress.identity
     return {
-        what: f"{what} differs too: it was {before.get(what)!r}, and is {mine!r}"
-        for what, mine in identity.items()
-        if before.get(what) != mine
+        what: f"{what} differs too: it was {before.get(what)!r}, and is {identity.get(what)!r}"
+        for what in (*identity, *(what for what in before if what not in identity))
+        if before.get(what) != identity.get(what)
     }
 
 

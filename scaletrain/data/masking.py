@@ -15,8 +15,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from scaletrain.data import keyed, words
+from scaletrain.data import keyed, spans, words
 from scaletrain.data.plan import I64, Picks
+from scaletrain.data.spans import SpanConfig, Words
 
 _CHOOSE, _FATE, _REPLACEMENT = 0, 1, 2
 _BLOCK = 1 << 13
@@ -29,7 +30,7 @@ class MaskRule:
     ``rate`` of the ordinary tokens are chosen. Of those a share ``masked`` becomes ``mask_id``, a share ``randomised`` a random
     ordinary token, and the rest stays. ``special`` (ids, ascending) are neither chosen nor drawn. ``starts_word`` [vocab_size]
     makes whole words share one choice, the exceptions that a chunk has stored included (``words``); without it every token is
-    chosen by itself.
+    chosen by itself. ``spans`` chooses runs of them instead, and each run has one fate.
     """
 
     rate: float
@@ -39,6 +40,7 @@ class MaskRule:
     vocab_size: int
     special: I64
     starts_word: NDArray[np.bool_] | None = None
+    spans: SpanConfig | None = None
 
 
 class Masked(NamedTuple):
@@ -68,13 +70,18 @@ def mask(tokens: NDArray[Any], lengths: NDArray[Any], keys: keyed.U64, rule: Mas
         return Masked(original, original[:0], original[:0])
     is_special = np.zeros(rule.vocab_size, dtype=np.bool_)
     is_special[rule.special] = True
-    selected = _chosen(stored, lengths, keyed.derive(keys, _CHOOSE), rule)
-    selected = selected[~is_special[original[selected]]]
+    if rule.spans is None:
+        selected = _chosen(stored, lengths, keyed.derive(keys, _CHOOSE), rule)
+        selected = selected[~is_special[original[selected]]]
+    else:
+        span = _spans(stored, ~is_special[original], lengths, keys, rule)
+        selected = np.flatnonzero(span >= 0)
 
     ends = np.cumsum(lengths)
     chunk = np.searchsorted(ends, selected, side="right")
     place = selected - (ends - lengths)[chunk]
-    fate = keyed.number(keyed.derive_at(keyed.derive(keys, _FATE)[chunk], place))
+    shared = place if rule.spans is None else span[selected]
+    fate = keyed.number(keyed.derive_at(keyed.derive(keys, _FATE)[chunk], shared))
     ordinary = np.flatnonzero(~is_special)
     drawn = keyed.number(keyed.derive_at(keyed.derive(keys, _REPLACEMENT)[chunk], place)) * len(ordinary)
     replacement = np.where(fate < rule.masked + rule.randomised, ordinary[drawn.astype(np.int64)], original[selected])
@@ -100,3 +107,15 @@ def _chosen(stored: I64, lengths: NDArray[Any], keys: keyed.U64, rule: MaskRule)
         hashes = keyed.derive_at(np.repeat(keys[chunks], inside), draw - begin)
         found.append(first + np.flatnonzero(keyed.below(hashes, rule.rate)))
     return np.concatenate(found)
+
+
+def _spans(stored: I64, hideable: NDArray[np.bool_], lengths: NDArray[Any], keys: keyed.U64, rule: MaskRule) -> I64:
+    """The number in its chunk of the span that hides each token, or -1: where there is none, and where it is not ``hideable``."""
+    assert rule.spans is not None
+    ends = np.cumsum(lengths)
+    starts = np.ones(len(stored), np.bool_) if rule.starts_word is None else words.starts(stored, rule.starts_word)
+    starts[(ends - lengths)[lengths > 0]] = True
+    first = np.flatnonzero(starts)
+    of_chunks = Words(np.diff(np.searchsorted(first, ends), prepend=0), np.add.reduceat(hideable, first, dtype=np.int64))
+    span = np.repeat(spans.choose(of_chunks, keys, rule.rate, rule.spans), np.diff(first, append=len(stored)))
+    return np.where(hideable, span, -1)

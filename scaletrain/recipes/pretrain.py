@@ -257,7 +257,7 @@ def _identity(config: PretrainConfig, network: MaskedLanguageModel, corpora: Cor
     return {
         "seed": str(config.seed),  # first what a user would look for: the digests that follow contain it
         **corpora.identity(),
-        **{f"task.{name}": str(value) for name, value in asdict(config.task).items()},
+        **{f"task.{name}": value for name, value in config.task.identity().items()},
         "model": model.identity(network),
         # Not the learning rate: a lower one is what a run that diverged is continued with.
         **{f"optimizer.{name}": str(getattr(config.optimizer, name)) for name in ("name", "betas", "epsilon", "weight_decay")},

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Annotated
 
 import numpy as np
@@ -21,6 +21,7 @@ from scaletrain.data.collate import Frame, Slot, arrange, slot_seed
 from scaletrain.data.masking import MaskRule, chunk_keys, mask
 from scaletrain.data.plan import Picks
 from scaletrain.data.slots import Dealing
+from scaletrain.data.spans import SpanConfig
 from scaletrain.data.tokenizer import Vocabulary
 from scaletrain.errors import ConfigError, CorpusError
 
@@ -44,11 +45,18 @@ class MlmConfig:
     """Of the tokens to predict, the share replaced by a random one; the rest stays as it is."""
     whole_word: bool = False
     """Hide words, not pieces of words."""
+    spans: SpanConfig | None = None
+    """Hide runs of words, and replace each as one (SpanBERT); `spans: {}` takes the paper's lengths."""
 
     def __post_init__(self) -> None:
         if self.masked_share + self.random_share > 1:
             value, rule = self.masked_share + self.random_share, "masked_share and random_share together are at most 1"
             raise ConfigError("task.masked_share + task.random_share", value, rule, "Lower one of them")
+
+    def identity(self) -> dict[str, str]:
+        """What may not change within a run. Settings that came later are in it where they are set, so that old runs go on."""
+        later = {"spans"}
+        return {name: str(value) for name, value in asdict(self).items() if name not in later or value is not None}
 
 
 class MaskedLanguageModelling:
@@ -131,5 +139,6 @@ class MaskedLanguageModelling:
             mask_id=known.mask,
             vocab_size=known.size,
             special=known.special,
-            starts_word=known.starts_word if self._config.whole_word else None,
+            starts_word=known.starts_word if self._config.whole_word or self._config.spans else None,
+            spans=self._config.spans,
         )

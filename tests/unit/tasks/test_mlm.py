@@ -11,6 +11,7 @@ import torch
 from scaletrain.data.collate import Slot
 from scaletrain.data.plan import Picks
 from scaletrain.data.slots import Dealing, Layout
+from scaletrain.data.spans import SpanConfig
 from scaletrain.data.tokenizer import Vocabulary
 from scaletrain.errors import ConfigError
 from scaletrain.tasks import Task
@@ -164,3 +165,24 @@ def test_the_task_is_one() -> None:
 def test_shares_above_one_are_refused() -> None:
     with pytest.raises(ConfigError, match="at most 1"):
         MlmConfig(masked_share=0.95, random_share=0.1)
+
+
+def test_spans_are_runs_of_whole_words() -> None:
+    """Every run that is hidden begins with a word and ends before one, or with the chunk."""
+    slot = slot_of([54], task(MlmConfig(spans=SpanConfig())))
+    places = set((slot.inputs["rows"] - 1).tolist())
+    tokens = CHUNKS[54].tolist()
+    starts = {place for place, token in enumerate(tokens) if STARTS[token] or place == 0}
+    assert {place for place in places if place - 1 not in places} <= starts
+    assert {place + 1 for place in places if place + 1 not in places} <= starts | {len(tokens)}
+    longest_word = int(np.diff([*sorted(starts), len(tokens)]).max())
+    assert -1 < slot.counts["mlm"] - 0.3 * len(tokens) < longest_word
+
+
+def test_settings_that_came_later_are_in_the_identity_where_they_are_set() -> None:
+    """Runs that were begun before there were any go on."""
+    first = {"mask_rate", "evaluation_mask_rate", "masked_share", "random_share", "whole_word"}
+    assert MlmConfig().identity().keys() == first
+    spans = MlmConfig(spans=SpanConfig()).identity()
+    assert spans.keys() == first | {"spans"}
+    assert spans != MlmConfig(spans=SpanConfig(longest=5)).identity()
