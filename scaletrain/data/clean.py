@@ -17,7 +17,7 @@ from pydantic import Field
 
 from scaletrain.errors import ConfigError
 
-DROPPED = ("empty", "too_short", "too_long", "no_tokens", "duplicate")
+DROPPED = ("empty", "too_short", "too_long", "no_tokens", "duplicate", "near_duplicate")
 """Why a document is not used, in the order in which it is asked."""
 
 
@@ -33,8 +33,6 @@ class CleanConfig:
     """Shorter documents are dropped; counted after cleaning."""
     max_characters: Annotated[int, Field(ge=1)] | None = None
     """Longer documents are dropped; counted after cleaning."""
-    deduplicate: bool = True
-    """Drop documents whose clean text occurred before, in validation also those that occur in train."""
 
     def __post_init__(self) -> None:
         if self.max_characters is not None and self.max_characters < self.min_characters:

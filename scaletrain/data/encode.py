@@ -23,6 +23,7 @@ import numpy.typing as npt
 
 from scaletrain.data import shards, words
 from scaletrain.data.clean import DROPPED, CleanConfig, clean, dropped, share, text_hash
+from scaletrain.data.duplicates import MinHashConfig, Signer
 from scaletrain.data.index import RECORD
 from scaletrain.data.tokenizer import encoder, word_starts
 from scaletrain.errors import ScaletrainError
@@ -54,6 +55,8 @@ class Recipe:
     """Encode the documents of validation instead of those of train."""
     segmenter: words.Segmenter = "none"
     """What says where words start in a script that writes no blanks between them."""
+    near: MinHashConfig | None = None
+    """How near duplicates are found, when they are: the documents get signatures."""
 
 
 class Batch(NamedTuple):
@@ -71,6 +74,8 @@ class Encoded(NamedTuple):
     """[n] u8: a position in ``DROPPED``, ``KEPT`` or ``OTHER_SPLIT``."""
     hashes: bytes
     """[n] 16 bytes each: of the clean text."""
+    signatures: bytes
+    """One for each document that is kept, as ``duplicates.Signer`` makes them; none without near duplicates."""
     chunks: bytes
     """[n] u32: how many samples the document has."""
     records: bytes
@@ -91,6 +96,7 @@ class Encoder:
         self._dtype = np.dtype("<i2" if signed else "<u2")
         if len(self._starts) > 1 << 8 * self._dtype.itemsize - signed:
             self._dtype = np.dtype("<i4" if signed else "<u4")
+        self._signer = Signer(recipe.near) if recipe.near is not None else None
 
     def encode(self, batch: Batch) -> Encoded:
         """Clean, judge, tokenise and pack a batch."""
@@ -109,9 +115,11 @@ class Encoder:
                 outcomes[number] = DROPPED.index("no_tokens")
             samples += [shards.sample(f"{first + number:09d}-{piece:04d}", ids) for piece, ids in enumerate(pieces)]
             lengths += [len(ids) for ids in pieces]
+        kept = (text for text, outcome in zip(texts, outcomes, strict=True) if outcome == KEPT)
         return Encoded(
             outcomes=bytes(outcomes),
             hashes=b"".join(hashes),
+            signatures=b"".join(map(self._signer.sign, kept)) if self._signer is not None else b"",
             chunks=np.array(counts, "<u4").tobytes(),
             records=_records(samples, lengths),
             data=b"".join(samples),

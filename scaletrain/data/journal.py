@@ -1,8 +1,9 @@
 """What an unfinished prepared folder remembers between one run and the next.
 
-``progress.json`` is replaced after every finished shard and says how far the source was read, and ``seen.bin`` holds the hashes
-of the documents used so far. A run that was killed continues from the last whole shard; what lies behind it is written again,
-with the same bytes. Both files go when the manifest is written.
+``progress.json`` is replaced after every finished shard and says how far the source was read. Beside it three files grow:
+``seen.bin`` and ``signatures.bin``, by which a document is found to repeat an earlier one, and ``dropped.jsonl``, what was not
+used and why. A run that was killed continues from the last whole shard; what lies behind it is written again, with the same
+bytes. Only ``dropped.jsonl`` stays when the manifest is written.
 """
 
 from __future__ import annotations
@@ -14,14 +15,14 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
-from scaletrain import outside
+from scaletrain import durable, outside
 from scaletrain.data.shards import Written, storage, write_json
 from scaletrain.errors import ConfigError, CorpusError
 
-FORMAT = 1
-_HASH_BYTES = 16
+FORMAT = 2
+LOGS = ("seen.bin", "signatures.bin", "dropped.jsonl")
 _LOCK = ".prepare.lock"
 SPLITS = ("train", "validation")
 _OURS = ("manifest.json", "progress.json", _LOCK)
@@ -41,6 +42,47 @@ class SplitState:
     done: bool = False
 
 
+class Log:
+    """A file that grows; what lies beyond the size that the journal remembers does not count. Methods raise StorageError."""
+
+    def __init__(self, file: Path, size: int = 0) -> None:
+        self._file, self.size = file, size
+        self._stream: BinaryIO | None = None
+
+    def read(self, record_bytes: int) -> Iterator[bytes]:
+        """What counts, some whole records at a time."""
+        at_once = max((1 << 24) // record_bytes, 1) * record_bytes
+        with self._file.open("rb") as stream:
+            for at in range(0, self.size, at_once):
+                yield stream.read(min(at_once, self.size - at))
+
+    def add(self, data: bytes) -> None:
+        """Append; durable after ``sync``."""
+        with storage(self._file.parent, len(data)):
+            self._open().write(data)
+        self.size += len(data)
+
+    def sync(self) -> None:
+        """Make durable what was added."""
+        with storage(self._file.parent):
+            stream = self._open()
+            stream.flush()
+            os.fsync(stream.fileno())
+
+    def close(self) -> None:
+        """A full disk shows once more when a stream is closed; what was not synced does not count."""
+        with suppress(OSError):
+            if self._stream is not None:
+                self._stream.close()
+        self._stream = None
+
+    def _open(self) -> BinaryIO:
+        if self._stream is None:
+            self._stream = open(self._file, "ab", buffering=1 << 20, opener=durable.own)  # noqa: SIM115
+            self._stream.truncate(self.size)  # beyond lies what a kill left unaccounted for
+        return self._stream
+
+
 class Journal:
     """The state of a folder that is being prepared; ``save`` makes it durable."""
 
@@ -51,8 +93,7 @@ class Journal:
         self.documents: int | None = None
         """Documents in the source of train, known once the tokenizer was trained on it; for the progress bar."""
         self.splits: dict[str, SplitState] = {}
-        self.seen: set[bytes] = set()
-        self._unsaved: list[bytes] = []
+        self.logs = {name: Log(folder / name) for name in LOGS}
 
     @classmethod
     def open(cls, folder: Path, config: Mapping[str, Any], parts: int | None = None) -> Journal:
@@ -69,20 +110,16 @@ class Journal:
             require_same(folder, tree["config"], config)
             journal.parts, journal.tokenizer, journal.documents = tree.get("parts"), tree["tokenizer"], tree["documents"]
             journal.splits = {name: SplitState(**state) for name, state in tree["splits"].items()}
-            seen = int(tree["seen"])
+            journal.logs = {name: Log(folder / name, int(tree["logs"][name])) for name in LOGS}
         except (ValueError, TypeError, KeyError, AttributeError):
             rule = "it says how far an interrupted prepare has come"
             raise CorpusError(str(folder / "progress.json"), "another content", rule, "Prepare again with --fresh") from None
-        journal._load_seen(seen)
+        for name, log in journal.logs.items():
+            size = (folder / name).stat().st_size if (folder / name).exists() else 0
+            if size < log.size:
+                rule = f"progress.json says {log.size}"
+                raise ConfigError(str(folder / name), f"{size} bytes", rule, "Prepare again with --fresh")
         return journal
-
-    def see(self, hashed: bytes) -> bool:
-        """Remember a document; False when it was seen before."""
-        if hashed in self.seen:
-            return False
-        self.seen.add(hashed)
-        self._unsaved.append(hashed)
-        return True
 
     def finish_shard(self, split: str, written: Written | None, *, done: bool) -> None:
         """Add a shard to a split and make everything up to it durable."""
@@ -92,46 +129,39 @@ class Journal:
         self.save()
 
     def save(self) -> None:
-        """Write the journal; the hashes first, since ``progress.json`` says how many of them count. Raises StorageError."""
-        new = b"".join(self._unsaved)
-        with storage(self.folder, len(new)), (self.folder / "seen.bin").open("ab") as stream:
-            # A write that failed half way, or a kill before progress.json, left hashes here that do not count.
-            stream.truncate((len(self.seen) - len(self._unsaved)) * _HASH_BYTES)
-            stream.write(new)
-            stream.flush()
-            os.fsync(stream.fileno())
+        """Write the journal; the logs first, since ``progress.json`` says how much of them counts. Raises StorageError."""
+        for log in self.logs.values():
+            log.sync()
         tree = {
             "format": FORMAT,
             "config": self.config,
             "parts": self.parts,
             "tokenizer": self.tokenizer,
             "documents": self.documents,
-            "seen": len(self.seen),
+            "logs": {name: log.size for name, log in self.logs.items()},
             "splits": {name: dataclasses.asdict(state) for name, state in self.splits.items()},
         }
         write_json(self.folder / "progress.json", tree)
-        self._unsaved.clear()
 
     def restart(self) -> None:
         """Forget all shards, and remove them; the tokenizer stays."""
+        self.close()
         self.splits.clear()
-        self.seen.clear()
-        self._unsaved.clear()
+        self.logs = {name: Log(self.folder / name) for name in LOGS}
         self.save()
         clear_shards(self.folder)
 
+    def close(self) -> None:
+        """Let go of the logs; what was not saved does not count."""
+        for log in self.logs.values():
+            log.close()
+
     def remove(self) -> None:
         """Drop the journal of a finished folder."""
+        self.close()
         with storage(self.folder):
-            for name in ("progress.json", "seen.bin"):
+            for name in ("progress.json", "seen.bin", "signatures.bin"):
                 (self.folder / name).unlink(missing_ok=True)
-
-    def _load_seen(self, count: int) -> None:
-        data = (self.folder / "seen.bin").read_bytes()[: count * _HASH_BYTES] if count else b""
-        self.seen = {data[at : at + _HASH_BYTES] for at in range(0, len(data), _HASH_BYTES)}
-        if len(self.seen) != count:
-            remedy = "Prepare again with --fresh"
-            raise ConfigError(str(self.folder / "seen.bin"), f"{len(self.seen)} hashes", f"progress.json says {count}", remedy)
 
 
 def require_ours(folder: Path) -> None:
@@ -159,7 +189,7 @@ def clear(folder: Path) -> None:
     """Remove what prepare wrote, and only that; the manifest first, so that what remains never counts as prepared."""
     require_ours(folder)
     with storage(folder):
-        for name in ("manifest.json", "progress.json", "seen.bin", "report.json"):
+        for name in ("manifest.json", "progress.json", "report.json", *LOGS):
             (folder / name).unlink(missing_ok=True)
         clear_shards(folder)
         for file in (folder / "tokenizer").glob("*"):

@@ -13,6 +13,7 @@ import re
 import time
 from collections import deque
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -122,11 +123,12 @@ def prepare_part(config: PrepareConfig, part: Part, *, fresh: bool = False) -> d
     with locked(output, waiting=f"waiting: another job holds {output}, to make the tokenizer or to merge"):
         if (output / "manifest.json").exists():
             return whole.finished(config)
-        journal = Journal.open(output, whole.settings(config), part.of)
-        if journal.parts != part.of:
-            begun = "without parts" if journal.parts is None else f"in {journal.parts} parts"
-            raise ConfigError("--part", str(part), f"{output} was begun {begun}", "Use a new output folder, or remove this one")
-        whole.make_tokenizer(config, journal)
+        with closing(Journal.open(output, whole.settings(config), part.of)) as journal:
+            if journal.parts != part.of:
+                begun = "without parts" if journal.parts is None else f"in {journal.parts} parts"
+                remedy = "Use a new output folder, or remove this one"
+                raise ConfigError("--part", str(part), f"{output} was begun {begun}", remedy)
+            whole.make_tokenizer(config, journal)
     with locked(folder, what="part"):
         if fresh:
             clear_pieces(folder)
@@ -227,16 +229,15 @@ def merge(config: PrepareConfig, *, fresh: bool = False) -> dict[str, Any]:
         return report
     if not (output / "progress.json").exists():
         raise ConfigError("--merge", str(output), "no part was prepared there", "Run the parts first: --part 1/N to --part N/N")
-    with locked(output):
-        journal = Journal.open(output, whole.settings(config))
+    with locked(output), closing(Journal.open(output, whole.settings(config))) as journal:
         if journal.parts is None:
             raise ConfigError("--merge", str(output), "it was begun without parts", "Run the same command without --merge")
         parts = _finished_parts(output, journal.parts, whole.splits(config))
         if fresh:
             journal.restart()
         written, merging = 0, time.monotonic()
-        for split in whole.splits(config):
-            writer, last = whole.split_writer(config, journal, split), parts[0].splits[split]
+        for split, writer in whole.split_writers(config, journal):
+            last = parts[0].splits[split]
             encoded = in_order([frames(part.pieces(split)) for part in parts], writer.documents, last.documents)
             written += writer.merge(encoded, last.source_hash)
         ended = time.monotonic()

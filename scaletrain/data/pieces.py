@@ -11,7 +11,6 @@ import contextlib
 import heapq
 import os
 import struct
-import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +19,8 @@ from typing import BinaryIO
 import numpy as np
 
 from scaletrain import durable
-from scaletrain.data.encode import Encoded
+from scaletrain.data.checksum import crc32
+from scaletrain.data.encode import KEPT, Encoded
 from scaletrain.data.index import RECORD
 from scaletrain.data.shards import storage
 from scaletrain.errors import CorpusError
@@ -42,9 +42,9 @@ class PieceWriter:
     def add(self, first: int, encoded: Encoded) -> None:
         """Append a batch whose first document has the number ``first``."""
         fixed = struct.pack(f"<{1 + len(encoded)}Q", first, *map(len, encoded))
-        crc = zlib.crc32(fixed)
+        crc = crc32(fixed)
         for field in encoded:
-            crc = zlib.crc32(field, crc)
+            crc = crc32(field, crc)
         with storage(self._file.parent, len(encoded.data)):
             self._stream.write(_MAGIC + crc.to_bytes(4, "little") + fixed)
             for field in encoded:
@@ -91,9 +91,9 @@ class Frame:
         with self.file.open("rb") as stream:
             stream.seek(self.offset + _HEAD.size)
             fields = [stream.read(size) for size in self.sizes]
-        crc = zlib.crc32(struct.pack(f"<{1 + len(fields)}Q", self.first, *self.sizes))
+        crc = crc32(struct.pack(f"<{1 + len(fields)}Q", self.first, *self.sizes))
         for field in fields:
-            crc = zlib.crc32(field, crc)
+            crc = crc32(field, crc)
         if crc != self.crc:
             raise _damaged(self.file, f"bytes at {self.offset} with another CRC-32")
         return Encoded(*fields)
@@ -139,8 +139,10 @@ def _without(encoded: Encoded, known: int) -> Encoded:
     """A batch without its first documents; their samples stay in ``data``, where nothing points to them."""
     chunks = np.frombuffer(encoded.chunks, "<u4")
     samples = int(chunks[:known].sum(dtype=np.int64))
+    kept, signed = encoded.outcomes.count(KEPT), encoded.outcomes[:known].count(KEPT)
     return encoded._replace(
         outcomes=encoded.outcomes[known:],
+        signatures=encoded.signatures[len(encoded.signatures) // max(kept, 1) * signed :],
         hashes=encoded.hashes[16 * known :],
         chunks=encoded.chunks[4 * known :],
         records=encoded.records[samples * RECORD.itemsize :],

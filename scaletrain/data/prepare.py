@@ -12,6 +12,7 @@ import os
 import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -23,6 +24,7 @@ from scaletrain.config import to_tree
 from scaletrain.data import dataset, encode, index, words
 from scaletrain.data import tokenizer as tokenizers
 from scaletrain.data.clean import DROPPED, CleanConfig, clean, dropped, share, text_hash
+from scaletrain.data.duplicates import DeduplicateConfig, ExactConfig, Known, MinHashConfig, require_usable
 from scaletrain.data.journal import SPLITS, Journal, clear, locked, require_ours, require_same
 from scaletrain.data.shards import storage, write_atomically, write_json
 from scaletrain.data.sources import SourceConfig, StdlibConfig
@@ -49,6 +51,8 @@ class PrepareConfig:
     """Which documents ``validation_fraction`` picks."""
     clean: CleanConfig = field(default_factory=CleanConfig)
     """What happens to a document before it is tokenised."""
+    deduplicate: DeduplicateConfig = field(default_factory=ExactConfig)
+    """Which documents count as repeating an earlier one, and are dropped."""
     tokenizer: TokenizerConfig = field(default_factory=WordPieceConfig)
     """Train a vocabulary on the training text, or load one."""
     max_tokens: Annotated[int, Field(ge=8, le=1 << 20)] = 126
@@ -81,17 +85,17 @@ def prepare(config: PrepareConfig, *, fresh: bool = False) -> dict[str, Any]:
         return finished(config)
     require_ours(folder)
     require_inputs(config)
-    with locked(folder):
+    with ExitStack() as held:
+        held.enter_context(locked(folder))
         if fresh:
             clear(folder)
-        journal = Journal.open(folder, settings(config))
+        journal = held.enter_context(closing(Journal.open(folder, settings(config))))
         if journal.parts is not None:
             rule = f"{folder} was begun in {journal.parts} parts"
             raise ConfigError("--part", None, rule, "Run the parts and then --merge, or start over with --fresh")
         make_tokenizer(config, journal)
         written, tokenising = 0, time.monotonic()
-        for split in splits(config):
-            writer = split_writer(config, journal, split)
+        for split, writer in split_writers(config, journal):
             written += writer.encode(source_of(config, split).documents(), recipe(config, split), processes(config))
         ended = time.monotonic()
         speed = {"seconds": round(ended - started, 3), "tokens_per_s": round(written / (ended - tokenising), 1)}
@@ -126,7 +130,8 @@ def processes(config: PrepareConfig) -> int:
 
 
 def require_inputs(config: PrepareConfig) -> None:
-    """Raise before anything is written: CorpusError for a source that is missing or empty, ConfigError for a segmenter."""
+    """Raise before anything is written: CorpusError for a source that is missing or empty, ConfigError for a library that is."""
+    require_usable(config.deduplicate)
     words.load(config.segmenter)
     for source in (config.source, config.validation):
         if source is not None and next(iter(source.documents()), None) is None:
@@ -213,18 +218,16 @@ def recipe(config: PrepareConfig, split: str) -> encode.Recipe:
         seed=config.seed,
         validation=split == "validation",
         segmenter=config.segmenter,
+        near=config.deduplicate if isinstance(config.deduplicate, MinHashConfig) else None,
     )
 
 
-def split_writer(config: PrepareConfig, journal: Journal, split: str) -> SplitWriter:
-    """What writes the shards of a split."""
-    return SplitWriter(
-        journal,
-        split,
-        chunks_per_shard=config.chunks_per_shard,
-        deduplicate=config.clean.deduplicate,
-        expected=journal.documents if source_of(config, split) is config.source else None,
-    )
+def split_writers(config: PrepareConfig, journal: Journal) -> Iterator[tuple[str, SplitWriter]]:
+    """What writes the shards of each split."""
+    known = Known(config.deduplicate, journal.logs, SPLITS)
+    for split in splits(config):
+        expected = journal.documents if source_of(config, split) is config.source else None
+        yield split, SplitWriter(journal, split, known, chunks_per_shard=config.chunks_per_shard, expected=expected)
 
 
 def _manifest(config: PrepareConfig, journal: Journal) -> dict[str, Any]:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from collections import deque
 from collections.abc import Iterable, Iterator
 from itertools import repeat
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
 from scaletrain.data import batches
 from scaletrain.data.clean import DROPPED
+from scaletrain.data.duplicates import Known
 from scaletrain.data.encode import KEPT, OTHER_SPLIT, Batch, Encoded, Recipe, run
 from scaletrain.data.index import RECORD, Records
 from scaletrain.data.journal import Journal, SplitState
@@ -23,10 +26,11 @@ _OUTCOMES = {**dict(enumerate(DROPPED)), KEPT: "kept", OTHER_SPLIT: "held_out"}
 class SplitWriter:
     """Writes the shards of one split that the journal does not have yet."""
 
-    def __init__(self, journal: Journal, split: str, *, chunks_per_shard: int, deduplicate: bool, expected: int | None) -> None:
-        """``expected``: how many documents the source has, for the progress bar."""
-        self._journal, self._split, self._expected = journal, split, expected
-        self._chunks_per_shard, self._deduplicate = chunks_per_shard, deduplicate
+    def __init__(self, journal: Journal, split: str, known: Known, *, chunks_per_shard: int, expected: int | None) -> None:
+        """``known``: what is in use already. ``expected``: how many documents the source has, for the progress bar."""
+        self._journal, self._split, self._known = journal, split, known
+        self._chunks_per_shard, self._expected = chunks_per_shard, expected
+        self._dropped = journal.logs["dropped.jsonl"]
         self._state = journal.splits.setdefault(split, SplitState())
         self._shard: ShardWriter | None = None
 
@@ -88,11 +92,18 @@ class SplitWriter:
         state, data = self._state, memoryview(encoded.data)
         records: Records = np.frombuffer(encoded.records, RECORD)
         ends = np.cumsum(np.frombuffer(encoded.chunks, "<u4"), dtype=np.int64).tolist()
-        begin = 0
+        width = len(encoded.signatures) // max(encoded.outcomes.count(KEPT), 1)
+        begin = signed = 0
         for number, (outcome, end) in enumerate(zip(encoded.outcomes, ends, strict=True)):
-            reason = _OUTCOMES[outcome]
-            if reason == "kept" and self._deduplicate and not self._journal.see(encoded.hashes[16 * number : 16 * number + 16]):
-                reason = "duplicate"
+            reason, details = _OUTCOMES[outcome], dict[str, Any]()
+            if outcome == KEPT:
+                hashed, signature = encoded.hashes[16 * number : 16 * number + 16], encoded.signatures[signed : signed + width]
+                signed += width
+                repeated = self._known.judge(self._split, state.documents, hashed, signature)
+                reason, details = repeated or (reason, details)
+            if outcome != OTHER_SPLIT and reason != "kept":
+                line = {"split": self._split, "document": state.documents, "reason": reason, **details}
+                self._dropped.add(json.dumps(line).encode() + b"\n")
             state.counts[reason] = state.counts.get(reason, 0) + 1
             state.documents += 1
             state.source_hash = next(hashes)

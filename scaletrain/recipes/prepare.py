@@ -34,10 +34,23 @@ def summary(report: dict[str, Any]) -> list[str]:
     lines = [f"{report['status']}: {report['output']}  (vocabulary {report['vocab_size']:,}, digest {report['digest'][:12]})"]
     for split, counts in report["splits"].items():
         documents = counts["documents"]
-        lost = ", ".join(f"{count:,} {reason.replace('_', ' ')}" for reason, count in documents["dropped"].items() if count)
         held_out = f", {documents['held_out']:,} held out" if documents["held_out"] else ""
         lines.append(
             f"  {split}: {documents['kept']:,} of {documents['read']:,} documents{held_out}, "
-            f"{counts['chunks']:,} chunks, {counts['tokens']:,} tokens" + (f"; dropped: {lost}" if lost else "")
+            f"{counts['chunks']:,} chunks, {counts['tokens']:,} tokens"
         )
+    lines += _dropped({split: counts["documents"]["dropped"] for split, counts in report["splits"].items()})
     return [*lines, f"{speed} tokenised and written"] if speed else lines
+
+
+def _dropped(splits: dict[str, dict[str, int]]) -> list[str]:
+    """A table of the reasons why documents were not used, those that occurred."""
+    reasons = [reason for reason in splits["train"] if any(counts[reason] for counts in splits.values())]
+    if not reasons:
+        return []
+    head = "  dropped (each in dropped.jsonl)".ljust(34) + "".join(f"{split:>16}" for split in splits)
+    rows = (
+        f"    {reason.replace('_', ' '):<30}" + "".join(f"{counts[reason]:>16,}" for counts in splits.values())
+        for reason in reasons
+    )
+    return [head, *rows]

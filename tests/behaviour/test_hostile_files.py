@@ -219,7 +219,7 @@ KINDS = [
     Kind("prepared/train/000000.idx", lambda root: Dataset.open(root / "prepared"), CorpusError),
     Kind("prepared/tokenizer/tokenizer.json", lambda root: Dataset.open(root / "prepared"), TokenizerError),
     Kind("journal/progress.json", lambda root: Journal.open(root / "journal", {}), InputError),
-    Kind("journal/seen.bin", lambda root: Journal.open(root / "journal", {}).seen, set()),
+    Kind("journal/seen.bin", lambda root: list(Journal.open(root / "journal", {}).logs["seen.bin"].read(16)), []),
     Kind("task/task.json", lambda root: thaw(root / "task"), CorpusError),
     Kind("task/task.json", lambda root: frozen_digest(root / "task"), CorpusError),
     Kind("task/train.jsonl", lambda root: thaw(root / "task"), CorpusError),

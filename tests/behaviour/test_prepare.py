@@ -118,7 +118,7 @@ def test_the_report_counts_every_document_once(settings: Callable[..., PrepareCo
         )
     )
     train, held_out = report["splits"]["train"], report["splits"]["validation"]
-    dropped = {"empty": 2, "too_short": 1, "too_long": 1, "no_tokens": 0, "duplicate": 1}
+    dropped = {"empty": 2, "too_short": 1, "too_long": 1, "no_tokens": 0, "duplicate": 1, "near_duplicate": 0}
     assert train["documents"] == {"read": 8, "kept": 3, "held_out": 0, "dropped": dropped}
     assert held_out["documents"]["dropped"]["duplicate"] == 2  # one of train, one of its own
     assert (held_out["documents"]["read"], held_out["documents"]["kept"]) == (3, 1)
@@ -238,10 +238,13 @@ def test_hashes_that_a_kill_left_unaccounted_for_do_not_count(
     """As after a kill between the two files of the journal; two more runs, since the second one reads what the first appended."""
     made = settings(tmp_path / "out")
     interrupt(made, monkeypatch, 2)
+    stray = os.urandom(16 * 20 + 5)
     with (tmp_path / "out/seen.bin").open("ab") as stream:
-        stream.write(os.urandom(16 * 20 + 5))
+        stream.write(stray)
     interrupt(made, monkeypatch, 2)
-    assert (tmp_path / "out/seen.bin").stat().st_size == 16 * journal(tmp_path / "out")["seen"]
+    assert stray not in (tmp_path / "out/seen.bin").read_bytes()
+    with (tmp_path / "out/dropped.jsonl").open("ab") as stream:
+        stream.write(b'{"split": "tr')
     prepare(made)
     assert contents(tmp_path / "out") == contents(prepared)
 
