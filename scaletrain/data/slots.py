@@ -1,8 +1,10 @@
 """How the chunks of one step are dealt into slots, and slots into rounds: arithmetic on lengths, the same on every rank.
 
-A slot is one micro-batch. Chunks are sorted by length and cut into contiguous runs, so a slot holds like lengths; the cuts make
-the costliest slot as cheap as possible. The number of slots K is the smallest multiple of ``slot_multiple`` for which every
-slot fits ``micro_batch_tokens``. None of this knows the number of ranks: rank r of W runs slots r, r + W, ..., one in each
+A slot is one micro-batch. Where rows are padded, chunks are sorted by length and cut into contiguous runs, so that a slot holds
+like lengths; the cuts make the costliest slot as cheap as possible. Without padding nothing is lost by mixing lengths: each chunk
+goes where there is least so far, so that slots are alike in tokens, and nearly so in attention, which costs a length's square.
+The number of slots K is the smallest multiple of ``slot_multiple`` for which every slot of contiguous runs fits
+``micro_batch_tokens``. None of this knows the number of ranks: rank r of W runs slots r, r + W, ..., one in each
 round, and because slots are ordered by cost those of one round are alike whatever W is. Where W does not divide K, the last
 round is filled up with slots of weight zero.
 """
@@ -57,17 +59,21 @@ class Dealing:
     slot_multiple: int
     pad_multiple: int
     layout: Layout
+    spread: bool = False
+    """Whether unpadded chunks are spread over the slots one by one. Runs that were started before there was a choice have no such
+    entry: they keep their contiguous slots."""
 
     @classmethod
     def of(cls, config: SlotConfig, layout: Layout, world: int) -> Dealing:
         """The rule of a fresh start on ``world`` ranks."""
-        return cls(config.micro_batch_tokens, config.slot_multiple or world, config.pad_multiple, layout)
+        multiple = config.slot_multiple or world
+        return cls(config.micro_batch_tokens, multiple, config.pad_multiple, layout, spread=layout == "unpadded")
 
     def check(self, config: SlotConfig, layout: Layout) -> None:
         """Raises CheckpointError for settings that say otherwise than the run's own rule; an empty slot_multiple says nothing."""
         asked = asdict(config) | {"layout": layout}
         for name, kept in asdict(self).items():
-            if asked[name] is not None and asked[name] != kept:
+            if asked.get(name) is not None and asked[name] != kept:
                 where = "model.layout" if name == "layout" else f"slots.{name}"
                 rule = f"this run was started with {kept!r}, and what a slot holds follows from it"
                 raise CheckpointError(where, asked[name], rule, "Set it back, or start again in another folder")
@@ -105,6 +111,8 @@ def deal(lengths: NDArray[Any], dealing: Dealing) -> list[I64]:
     while low < high:  # the smallest limit under which the runs are no more than the slots
         limit = (low + high) // 2
         low, high = (low, limit) if len(runs.cut(limit)) <= slots else (limit + 1, high)
+    if dealing.spread and (mixed := _spread(runs.rows, slots, high)):
+        return [order[np.array(places, dtype=np.int64)] for places in mixed]
     bounds = _split(runs.cut(high), slots, runs.cost)
     bounds.sort(key=lambda run: (-runs.cost(*run), run))
     return [order[begin:end] for begin, end in bounds] + [order[:0]] * (slots - len(bounds))
@@ -119,9 +127,9 @@ class _Runs:
         self._padded = dealing.layout == "padded"
         if self._padded:
             rows = -(-rows // dealing.pad_multiple) * dealing.pad_multiple
-        self._rows: list[int] = rows.tolist()
+        self.rows: list[int] = rows.tolist()
         self._ends: list[int] = np.cumsum(rows).tolist()
-        self.longest = self._rows[0] if self._rows else 0
+        self.longest = self.rows[0] if self.rows else 0
         if self.longest > dealing.micro_batch_tokens:
             rule = f"the longest chunk takes {self.longest} tokens, special tokens included, and a slot must hold it"
             remedy = f"Set it to at least {self.longest}, or prepare the data with a smaller max_tokens"
@@ -130,17 +138,17 @@ class _Runs:
     def cost(self, begin: int, end: int) -> int:
         """Tokens that a slot of these chunks computes."""
         if self._padded:
-            return (end - begin) * self._rows[begin]
-        return self._ends[end - 1] - self._ends[begin] + self._rows[begin]
+            return (end - begin) * self.rows[begin]
+        return self._ends[end - 1] - self._ends[begin] + self.rows[begin]
 
     def cut(self, limit: int) -> list[tuple[int, int]]:
         """The fewest contiguous runs that cost at most ``limit`` each: every one as long as it can be."""
-        runs, begin, chunks = [], 0, len(self._rows)
+        runs, begin, chunks = [], 0, len(self.rows)
         while begin < chunks:
             if self._padded:
-                end = min(begin + limit // self._rows[begin], chunks)
+                end = min(begin + limit // self.rows[begin], chunks)
             else:
-                end = bisect_right(self._ends, self._ends[begin] - self._rows[begin] + limit)
+                end = bisect_right(self._ends, self._ends[begin] - self.rows[begin] + limit)
             runs.append((begin, end))
             begin = end
         return runs
@@ -149,6 +157,22 @@ class _Runs:
         """K of the contract; a step has at least one multiple of slots, even when it has no chunk."""
         multiple = self._dealing.slot_multiple
         return max(-(-len(self.cut(self._dealing.micro_batch_tokens)) // multiple), 1) * multiple
+
+
+def _spread(rows: list[int], slots: int, limit: int) -> list[list[int]] | None:
+    """Each row, the longest first, into the slot that has the least so far; None where a slot then has more than ``limit``.
+
+    The LPT rule; its costliest slot is within 4/3 - 1/(3 slots) of the cheapest that can be (Graham, "Bounds on multiprocessing
+    timing anomalies", 1969).
+    """
+    filled = [(0, number) for number in range(slots)]
+    places: list[list[int]] = [[] for _ in range(slots)]
+    for place, row in enumerate(rows):
+        cost, number = filled[0]
+        places[number].append(place)
+        heapq.heapreplace(filled, (cost + row, number))
+    costliest_first = sorted(filled, key=lambda slot: (-slot[0], slot[1]))
+    return [places[number] for _, number in costliest_first] if costliest_first[0][0] <= limit else None
 
 
 def _split(runs: list[tuple[int, int]], slots: int, cost: Callable[[int, int], int]) -> list[tuple[int, int]]:

@@ -72,6 +72,14 @@ def test_any_number_of_ranks_and_workers_receives_the_same(
     assert joined(ranks.run(run, world, {"tree": tree})) == expected
 
 
+def test_without_padding_two_ranks_receive_what_one_does(corpora: Folders, tmp_path: Path) -> None:
+    """Where chunks are spread over the slots one by one."""
+    model = {**tiny.MODEL, "layout": "unpadded"}
+    trees = [settings(corpora, tmp_path / str(world), model=model, checkpoint={"every_steps": 1000}) for world in (1, 2)]
+    one, two = (joined(ranks.run(run, world, {"tree": tree})) for world, tree in zip((1, 2), trees, strict=True))
+    assert (one, len(one)) == (two, 12 * STEPS)
+
+
 def test_killed_in_each_phase_and_at_their_border_it_goes_on_with_the_same_stream(
     corpora: Folders, uninterrupted: tuple[dict[str, str], Path], tmp_path: Path
 ) -> None:

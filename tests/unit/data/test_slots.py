@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -13,6 +14,7 @@ from scaletrain.data.slots import Dealing, DealtPlan, Layout, SlotConfig, deal, 
 from scaletrain.errors import ConfigError, WorldSizeError
 
 LAYOUTS: list[Layout] = ["padded", "unpadded"]
+SPREAD = SlotConfig(micro_batch_tokens=1024, slot_multiple=8)
 
 
 def skewed(n: int, seed: int = 0) -> np.ndarray:
@@ -36,10 +38,10 @@ def dealt(n: int, dealing: Dealing, steps: int = 10) -> DealtPlan:
     return DealtPlan(Plan(1, [PhaseShape((CorpusShape("a", 10_000),), n, steps)]), [lengths], dealing)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(("layout", "spread"), [("padded", False), ("unpadded", False), ("unpadded", True)])
 @pytest.mark.parametrize(("n", "tokens", "multiple"), [(1, 200, 1), (3, 200, 8), (200, 512, 1), (200, 512, 12), (999, 4096, 4)])
-def test_every_chunk_is_in_one_slot_that_fits(n: int, tokens: int, multiple: int, layout: Layout) -> None:
-    lengths, dealing = skewed(n), Dealing(tokens, multiple, 8, layout)
+def test_every_chunk_is_in_one_slot_that_fits(n: int, tokens: int, multiple: int, layout: Layout, spread: bool) -> None:
+    lengths, dealing = skewed(n), Dealing(tokens, multiple, 8, layout, spread)
     slots = deal(lengths, dealing)
     assert sorted(np.concatenate(slots)) == list(range(n))
     assert max(cost(lengths[slot], dealing) for slot in slots) <= tokens
@@ -92,6 +94,37 @@ def test_a_slot_holds_like_lengths() -> None:
     assert all(shorter[0] <= longer[1] for shorter, longer in pairwise(spans))
     padding = 1 - (lengths + 2).sum() / sum(cost(lengths[slot], Dealing(1024, 1, 1, "padded")) for slot in slots)
     assert padding < 0.05
+
+
+@pytest.mark.parametrize("n", [64, 128, 1000])
+def test_unpadded_slots_are_alike_in_tokens_and_in_attention(n: int) -> None:
+    """A run that starts now: within a percent in tokens, and in squares of lengths far closer than contiguous runs."""
+    lengths, dealing = skewed(n), Dealing.of(SPREAD, "unpadded", world=1)
+    slots, cut = deal(lengths, dealing), deal(lengths, replace(dealing, spread=False))
+    costs = [cost(lengths[slot], dealing) for slot in slots]
+    assert (len(slots), costs) == (len(cut), sorted(costs, reverse=True))
+    assert max(costs) < 1.01 * np.mean(costs)
+    unlike = [
+        max(squares) / np.mean(squares) - 1 for squares in ([((lengths[s] + 2.0) ** 2).sum() for s in d] for d in (slots, cut))
+    ]
+    assert unlike[0] < unlike[1] / 4
+    assert all(lengths[slot].tolist() == sorted(lengths[slot], reverse=True) for slot in slots)
+
+
+def test_slots_are_contiguous_where_spreading_would_make_one_costlier() -> None:
+    lengths = np.array([10, 10, 6, 6, 6])  # rows of 12 12 | 8 8 8; one by one they would be 12 8 8 | 12 8
+    slots = deal(lengths, Dealing(28, 2, 1, "unpadded", spread=True))
+    assert [slot.tolist() for slot in slots] == [[0, 1], [2, 3, 4]]
+    slots = deal(np.array([10, 10, 6, 6]), Dealing(28, 2, 1, "unpadded", spread=True))
+    assert [slot.tolist() for slot in slots] == [[0, 2], [1, 3]]
+
+
+def test_a_run_from_before_there_was_a_choice_keeps_its_slots() -> None:
+    stored = {"micro_batch_tokens": 1024, "slot_multiple": 8, "pad_multiple": 1, "layout": "unpadded"}
+    kept = Dealing(**stored)
+    assert kept != Dealing.of(SPREAD, "unpadded", world=1)
+    kept.check(SPREAD, "unpadded")
+    assert Dealing.of(SPREAD, "padded", world=1) == Dealing(1024, 8, 1, "padded")
 
 
 def test_slots_stay_empty_only_where_chunks_are_missing() -> None:
@@ -183,8 +216,9 @@ def test_a_fresh_start_is_judged_with_the_multiple_that_each_size_would_bring() 
         plan.check_world(16, multiple_follows=False)
 
 
-def test_dealing_a_step_of_4096_takes_milliseconds() -> None:
-    lengths, dealing = skewed(4096), Dealing(8192, 8, 1, "padded")
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_dealing_a_step_of_4096_takes_milliseconds(layout: Layout) -> None:
+    lengths, dealing = skewed(4096), Dealing.of(SlotConfig(slot_multiple=8), layout, world=1)
     began = time.process_time()
     for _ in range(5):
         deal(lengths, dealing)
