@@ -33,7 +33,9 @@ class Verb:
     module: str
     summary: str
     permissions: Mapping[str, str] = field(default_factory=dict)
-    """Flag -> what it permits; each is a keyword of ``main``."""
+    """Flag -> what it permits once; each is a keyword of ``main``."""
+    lasting: Mapping[str, str] = field(default_factory=dict)
+    """The same for what it permits for as long as the job is started again."""
     slices: str = ""
     """Where the work can be split over machines: what ``--part I/N`` does, a keyword of ``main`` that takes the text or None."""
     ranks: bool = False
@@ -66,6 +68,7 @@ VERBS: Mapping[str, Verb] = {
         module="scaletrain.recipes.pretrain",
         summary="train an encoder on prepared data; continues where the run folder stands",
         permissions={"fresh": "start at step 0 although the run folder holds checkpoints"},
+        lasting={"allow_pipe": "run the commands of corpora whose path is pipe:COMMAND; no file can permit it"},
         ranks=True,
     ),
     "finetune": Verb(
@@ -197,7 +200,7 @@ def _run(argv: Sequence[str]) -> int:
     heartbeat.begin()
     recipe = _recipe(verb)
     settings = config.load(recipe.Config, options.config, _overrides(verb, options))
-    flags = (*verb.permissions, *(("part",) if verb.slices else ()))
+    flags = (*verb.permissions, *verb.lasting, *(("part",) if verb.slices else ()))
     result = recipe.main(settings, **{flag: getattr(options, flag) for flag in flags})
     if isinstance(result, Mapping):
         print(json.dumps(result), flush=True)
@@ -273,8 +276,8 @@ def _parser(name: str, verb: Verb) -> argparse.ArgumentParser:
     for number, place in enumerate(verb.places):
         bare = "; may also be given as a bare word" if number == 0 else ""
         parser.add_argument(f"--{place}", metavar=place.upper(), help=f"the same as {place}={place.upper()}{bare}")
-    for permission, meaning in verb.permissions.items():
-        parser.add_argument(f"--{permission}", action="store_true", help=meaning)
+    for permission, meaning in {**verb.permissions, **verb.lasting}.items():
+        parser.add_argument(f"--{permission.replace('_', '-')}", action="store_true", help=meaning)
     if verb.slices:
         parser.add_argument("--part", metavar="I/N", help=verb.slices)
     parser.add_argument("--debug", action="store_true", help="show where an error was raised")

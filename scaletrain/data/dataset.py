@@ -46,19 +46,23 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest of a prepared folder. Raises CorpusError when it is missing, damaged or of another format."""
     file = folder / "manifest.json"
     try:
-        manifest = outside.read_json(file)
+        return check_manifest(outside.read_json(file), str(file))
     except (FileNotFoundError, NotADirectoryError):
         rule = "a prepared folder has a manifest.json" if folder.exists() else "the prepared folder must exist"
         raise CorpusError(str(folder), "no manifest.json" if folder.exists() else "no such folder", rule, _REMEDY) from None
     except ValueError:
         raise CorpusError(str(file), "not JSON", "the manifest is written whole or not at all", _REMEDY) from None
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        found = manifest.get("format") if isinstance(manifest, dict) else None
-        raise CorpusError(f"{file}: format", found, f"this program reads format {FORMAT}", _REMEDY)
-    expected = canonical_digest({key: value for key, value in manifest.items() if key != "digest"})
-    if manifest.get("digest") != expected:
-        raise CorpusError(f"{file}: digest", manifest.get("digest"), f"its contents have {expected}", _REMEDY)
-    return manifest
+
+
+def check_manifest(tree: object, name: str) -> dict[str, Any]:
+    """The manifest that was read from ``name``. Raises CorpusError when it is damaged or of another format."""
+    if not isinstance(tree, dict) or tree.get("format") != FORMAT:
+        found = tree.get("format") if isinstance(tree, dict) else None
+        raise CorpusError(f"{name}: format", found, f"this program reads format {FORMAT}", _REMEDY)
+    expected = canonical_digest({key: value for key, value in tree.items() if key != "digest"})
+    if tree.get("digest") != expected:
+        raise CorpusError(f"{name}: digest", tree.get("digest"), f"its contents have {expected}", _REMEDY)
+    return tree
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +92,9 @@ class Dataset:
     tokenizer_digest: str
     tokenizer_folder: Path
 
-    def __init__(self, folder: Path, split: str, manifest: Mapping[str, Any], shards: Sequence[Shard]) -> None:
+    def __init__(
+        self, folder: Path, split: str, manifest: Mapping[str, Any], shards: Sequence[Shard], files: Files | None = None
+    ) -> None:
         self.folder, self.split = folder, split
         self.max_tokens, self.vocab_size = int(manifest["max_tokens"]), int(manifest["tokenizer"]["vocab_size"])
         self.tokenizer_digest, self.tokenizer_folder = manifest["tokenizer"]["digest"], folder / "tokenizer"
@@ -101,7 +107,7 @@ class Dataset:
         self.lengths.setflags(write=False)
         self.chunks, self.tokens = len(self.lengths), int(self.lengths.sum(dtype=np.int64))
         self._shards, self._firsts = list(shards), [shard.first for shard in shards]
-        self._files = Files(_FILES_MAX)
+        self._files = files or Files(_FILES_MAX)
 
     @property
     def faults(self) -> list[tuple[CorpusError, int]]:
@@ -109,10 +115,11 @@ class Dataset:
         return [(shard.fault, len(shard.index.records)) for shard in self._shards if shard.fault is not None]
 
     @classmethod
-    def open(cls, folder: Path, split: str = "train", *, tolerant: bool = False) -> Dataset:
+    def open(cls, folder: Path, split: str = "train", *, tolerant: bool = False, files: Files | None = None) -> Dataset:
         """Open a split after checking that manifest, tokenizer, indexes and shards belong together (sizes, not every byte).
 
         ``tolerant``: a shard that is missing or has another size is no error here; ``faults`` has it, and reading from it is one.
+        ``files``: what gives the shards where they do not lie in the folder; it finds out for itself what they are.
         Raises CorpusError when the folder or split is missing, empty or damaged, and TokenizerError when the tokenizer in the
         folder is not the one that made the shards.
         """
@@ -130,11 +137,21 @@ class Dataset:
         if described["digest"] != split_digest(described["shards"], expected, manifest["max_tokens"]):
             raise CorpusError(f"{folder}: digest of {split!r}", described["digest"], "it does not match its shards", _REMEDY)
         firsts = itertools.accumulate((shard["chunks"] for shard in described["shards"]), initial=0)
-        shards = [open_shard(folder, shard, first) for shard, first in zip(described["shards"], firsts, strict=False)]
+        shards = [
+            open_shard(folder, shard, first, here=files is None)
+            for shard, first in zip(described["shards"], firsts, strict=False)
+        ]
         for shard in shards:
             if shard.fault is not None and not tolerant:
                 raise shard.fault
-        return cls(folder, split, manifest, shards)
+        return cls(folder, split, manifest, shards, files)
+
+    def fetch(self, chunk: int) -> None:
+        """Brings the shard of a chunk to this machine where it is not there yet, which may take minutes; `read` would, too.
+
+        Raises CorpusError for one that is missing or damaged at its source, and StorageError where that does not answer.
+        """
+        self._files.fetch(self._shard(chunk).file)
 
     def read(self, chunk: int) -> npt.NDArray[np.int32]:
         """The token ids of one chunk, shape [lengths[chunk]], int32, without special tokens.
@@ -168,12 +185,10 @@ class Dataset:
     def verify(self) -> None:
         """Read every byte once and compare all CRCs; raises CorpusError at the first that differs."""
         for shard in self._shards:
-            index.verify(shard.index, shard.file)
+            index.verify(shard.index, self._files.local(shard.file))
 
     def _span(self, chunk: int) -> tuple[Shard, int, bytes]:
-        if not 0 <= chunk < self.chunks:
-            raise IndexError(f"chunk: got {chunk}; {self.folder} has chunks 0 to {self.chunks - 1}")
-        shard = self._shards[bisect.bisect_right(self._firsts, chunk) - 1]
+        shard = self._shard(chunk)
         record = shard.index.records[chunk - shard.first]
         offset, length = int(record["offset"]), int(record["length"])
         try:
@@ -181,6 +196,11 @@ class Dataset:
         except OSError as error:
             self._files.close(shard.file)
             raise StorageError(f"{shard.file}: reading byte {offset} failed: {error.strerror}. {_REMEDY}") from error
+
+    def _shard(self, chunk: int) -> Shard:
+        if not 0 <= chunk < self.chunks:
+            raise IndexError(f"chunk: got {chunk}; {self.folder} has chunks 0 to {self.chunks - 1}")
+        return self._shards[bisect.bisect_right(self._firsts, chunk) - 1]
 
     @staticmethod
     def _key(span: bytes) -> str:
@@ -200,20 +220,24 @@ class AsStored:
     def digest(self) -> str:
         return self.dataset.digest
 
+    def fetch(self, chunk: int) -> None:
+        """As ``Dataset.fetch``."""
+        self.dataset.fetch(chunk)
+
     def read(self, chunk: int) -> npt.NDArray[np.int32]:
         """What ``Dataset.stored`` gives."""
         return self.dataset.stored(chunk)
 
 
-def open_shard(folder: Path, described: Mapping[str, Any], first: int) -> Shard:
-    """Check one shard and its index against the manifest."""
+def open_shard(folder: Path, described: Mapping[str, Any], first: int, *, here: bool = True) -> Shard:
+    """Check one index, and a shard that is ``here``, against the manifest."""
     try:
         file, fault = outside.plain(folder, described["file"]), None
         outside.plain(folder, str(Path(described["file"]).with_suffix(".idx")))
     except ValueError as error:
         raise CorpusError(f"{folder}: manifest.json", str(error), "shards are plain files in the folder", _REMEDY) from None
     try:
-        size = file.stat().st_size
+        size = file.stat().st_size if here else described["bytes"]
         if size != described["bytes"]:
             fault = CorpusError(str(file), f"{size} bytes", f"the manifest says {described['bytes']}", _REMEDY)
     except FileNotFoundError:

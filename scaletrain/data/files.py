@@ -11,12 +11,11 @@ from pathlib import Path
 class _Open:
     """A file descriptor that closes when the last reader lets go of it: one evicted in mid-read stays valid until then."""
 
-    def __init__(self, file: Path) -> None:
-        self.number = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
+    def __init__(self, number: int) -> None:
+        self.number = number
 
     def __del__(self) -> None:
-        if number := getattr(self, "number", None):
-            os.close(number)
+        os.close(self.number)
 
 
 class Files:
@@ -28,16 +27,31 @@ class Files:
 
     def read(self, file: Path, offset: int, length: int) -> bytes:
         """``length`` bytes at ``offset``, fewer at the end of the file; ``pread`` shares no position between threads."""
-        with self._lock:
-            handle = self._open.pop(file, None)
-        handle = handle or _Open(file)  # not under the lock: a file server that hangs here would hold up all threads
-        with self._lock:
-            self._open[file] = handle
-            if len(self._open) > self._limit:
-                self._open.popitem(last=False)
+        handle = self._held(file)  # held until it is read: another thread may let go of it
         return os.pread(handle.number, length, offset)
+
+    def fetch(self, file: Path) -> None:
+        """Brings a file from where it lies, which may take minutes. Here it does not: files of this machine are just read."""
+
+    def local(self, file: Path) -> Path:
+        """Where the bytes of a file are on this machine."""
+        return file
 
     def close(self, file: Path) -> None:
         """Opens the file again for the next read: what failed may be the handle, of a file that was restored since."""
         with self._lock:
             self._open.pop(file, None)
+
+    def _held(self, file: Path) -> _Open:
+        with self._lock:
+            handle = self._open.pop(file, None)
+        # Not under the lock: a file server that hangs here would hold up all threads.
+        handle = handle or _Open(self._descriptor(file))
+        with self._lock:
+            self._open[file] = handle
+            if len(self._open) > self._limit:
+                self._open.popitem(last=False)
+        return handle
+
+    def _descriptor(self, file: Path) -> int:
+        return os.open(file, os.O_RDONLY | os.O_CLOEXEC)

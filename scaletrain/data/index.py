@@ -86,6 +86,11 @@ class Index:
         return _HEADER.pack(_MAGIC, _VERSION, len(self.records), self.shard_bytes, self.tokens, crc32(body)) + body
 
 
+def file_bytes(samples: int) -> int:
+    """The bytes of an index of so many samples."""
+    return _HEADER.size + samples * RECORD.itemsize
+
+
 def build(tar: Path) -> Index:
     """Index a tar by its headers, in time and memory proportional to its members.
 

@@ -7,6 +7,7 @@ equal texts land on one side. The folder counts as prepared if and only if ``man
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import os
 import tempfile
@@ -248,12 +249,18 @@ def _manifest(config: PrepareConfig, journal: Journal) -> dict[str, Any]:
     manifest = {
         "format": dataset.FORMAT,
         "max_tokens": config.max_tokens,
-        "tokenizer": {"digest": vocabulary.digest, "vocab_size": vocabulary.size},
+        "tokenizer": {"digest": vocabulary.digest, "vocab_size": vocabulary.size, "files": _files(journal.folder / "tokenizer")},
         "splits": described,
         "report": report,
         "config": settings(config),
     }
     return {"digest": dataset.canonical_digest(manifest), **manifest}
+
+
+def _files(folder: Path) -> dict[str, dict[str, Any]]:
+    """Size and SHA-256 of every file in a folder, for those who have no way to list it."""
+    contents = {file.name: file.read_bytes() for file in sorted(folder.iterdir()) if file.is_file()}
+    return {name: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()} for name, data in contents.items()}
 
 
 def length_histogram(folder: Path, shards: list[dict[str, Any]], max_tokens: int) -> dict[str, int]:

@@ -10,6 +10,7 @@ substitutes: its score is of the whole data set or it is no score.
 
 from __future__ import annotations
 
+import math
 import random
 import time
 from collections.abc import Callable, Sequence
@@ -57,6 +58,7 @@ class Reading:
     corpus: int
     chunk: int
     since_s: float
+    """On the monotonic clock; infinity while the chunk's shard is brought from elsewhere, which has deadlines of its own."""
 
 
 class Reader:
@@ -64,6 +66,7 @@ class Reader:
 
     def __init__(self, dealt: DealtPlan, datasets: Sequence[Readable], config: RetryConfig) -> None:
         self._dealt, self._datasets, self._config = dealt, datasets, config
+        self._fetch: list[Callable[[int], None]] = [getattr(dataset, "fetch", _nothing_to_fetch) for dataset in datasets]
 
     def read(
         self, corpus: int, corpus_pass: int, chunk: int, hung: int, note: Callable[[Reading | None], None]
@@ -71,8 +74,8 @@ class Reader:
         """The tokens of a chunk, or of the one that took its place, and how often a read was tried again.
 
         ``hung``: how many reads of it have been given up already because they did not return. ``note`` is told what is being
-        read, and None in a pause. Raises what the last read raised where the plan has no substitutes, and DataBudgetError where
-        none of them can be read.
+        read, and None in a pause. Raises what the last read raised where the plan has no substitutes, DataBudgetError where none
+        of them can be read, and StorageError where a server does not give the shard: that is no reason for another chunk.
         """
         tokens, failure, retried = self._attempts(corpus, chunk, hung, note)
         if tokens is not None:
@@ -80,6 +83,8 @@ class Reader:
         assert failure is not None
         substitutes = self._dealt.plan.substitutes(corpus, corpus_pass, chunk)
         for substitute in substitutes:
+            if self._bring(corpus, substitute, note):
+                continue
             note(Reading(corpus, substitute, time.monotonic()))
             try:
                 tokens = self._datasets[corpus].read(substitute)
@@ -104,6 +109,8 @@ class Reader:
             if attempt:
                 note(None)
                 time.sleep(self._config.pause_s * 2 ** (attempt - 1) * random.uniform(1.0, 1.5))
+            if lost := self._bring(corpus, chunk, note):
+                return None, lost, attempt
             note(Reading(corpus, chunk, time.monotonic()))
             try:
                 return self._datasets[corpus].read(chunk), None, attempt
@@ -111,9 +118,22 @@ class Reader:
                 failure = error
         return None, failure, self._config.attempts - 1
 
+    def _bring(self, corpus: int, chunk: int, note: Callable[[Reading | None], None]) -> CorpusError | None:
+        """Has the shard of a chunk brought to this machine; what is wrong with it, where that has shown. Raises StorageError."""
+        note(Reading(corpus, chunk, math.inf))
+        try:
+            self._fetch[corpus](chunk)
+        except CorpusError as error:
+            return error
+        return None
+
     def name(self, corpus: int, chunk: int) -> str:
         """What a chunk is called in messages."""
         return f"chunk {chunk} of corpus {corpus} ({self._datasets[corpus].digest})"
+
+
+def _nothing_to_fetch(chunk: int) -> None:
+    """Of a corpus that lies here."""
 
 
 def _said(error: Exception) -> str:

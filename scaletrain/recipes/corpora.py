@@ -11,7 +11,10 @@ from typing import Annotated
 from pydantic import Field
 
 from scaletrain import dist
-from scaletrain.data.dataset import AsStored, Dataset, read_manifest
+from scaletrain.data import urls
+from scaletrain.data.cache import CacheConfig
+from scaletrain.data.dataset import AsStored, Dataset
+from scaletrain.data.folders import Folders
 from scaletrain.data.ledger import DamageConfig
 from scaletrain.data.loader import Loader, LoaderConfig
 from scaletrain.data.plan import CorpusShape, EvalPlan, OrderConfig, PhaseShape, Plan, tempered
@@ -25,8 +28,9 @@ from scaletrain.tasks.mlm import MaskedLanguageModelling, MlmConfig
 class CorpusConfig:
     """A prepared folder and its part in the mixture."""
 
-    path: Path
-    """What `scaletrain prepare` wrote."""
+    path: str
+    """What `scaletrain prepare` wrote: a folder, or the URL of one (`https://...`, `s3://...`). With --allow-pipe also a command
+    that writes a file of it: `pipe:COMMAND ... {file}`."""
     weight: Annotated[float, Field(gt=0, lt=1e18)] = 1.0
     """Share of the samples relative to the other corpora; with a temperature, what their share by size is multiplied with."""
 
@@ -62,6 +66,8 @@ class DataConfig:
     """How a step is cut into micro-batches."""
     loader: LoaderConfig = field(default_factory=LoaderConfig)
     """How the chunks are read."""
+    cache: CacheConfig = field(default_factory=CacheConfig)
+    """Where copies of corpora that lie elsewhere are kept."""
     damage: DamageConfig = field(default_factory=DamageConfig)
     """How much of the training data may be unreadable before the run stops."""
 
@@ -69,7 +75,9 @@ class DataConfig:
 class Corpora:
     """The training and held-out data of one run, dealt by a rule that is fixed for the whole run."""
 
-    def __init__(self, config: DataConfig, steps: int, seed: int, layout: Layout, dealing: Dealing | None) -> None:
+    def __init__(
+        self, config: DataConfig, steps: int, seed: int, layout: Layout, dealing: Dealing | None, *, allow_pipe: bool = False
+    ) -> None:
         """``dealing``: the rule that the run was started with; None on a fresh start.
 
         Raises CorpusError, TokenizerError or ConfigError for folders that cannot be trained on together, CheckpointError for slot
@@ -78,7 +86,8 @@ class Corpora:
         self._config = config
         self.dealing = dealing or Dealing.of(config.slots, layout, dist.world())
         self.dealing.check(config.slots, layout)
-        self._datasets = {path: Dataset.open(path, tolerant=True) for path in _paths(config)}
+        self._folders = Folders(config.cache, allow_pipe=allow_pipe)
+        self._datasets = {path: self._folders.open(path, tolerant=True) for path in _paths(config)}
         for dataset in self._datasets.values():
             _check_damage(dataset, config.damage)
         by_path = self._datasets
@@ -145,11 +154,11 @@ class Corpora:
     def held_out(self, chunks_per_pass: int) -> HeldOut:
         """The validation splits of the main phase's corpora. Raises CorpusError where one has none."""
         for corpus in self._config.corpora:
-            if "validation" not in read_manifest(corpus.path)["splits"]:
+            if "validation" not in self._folders.manifest(corpus.path)["splits"]:
                 rule = "the held-out loss is measured on the validation split of every corpus"
                 remedy = "Set evaluation.every_steps=0, or prepare it with validation_fraction or a validation source"
-                raise CorpusError(str(corpus.path), "no validation split", rule, remedy)
-        datasets = [Dataset.open(corpus.path, "validation") for corpus in self._config.corpora]
+                raise CorpusError(urls.shown(corpus.path), "no validation split", rule, remedy)
+        datasets = [self._folders.open(corpus.path, "validation") for corpus in self._config.corpora]
         plan = EvalPlan([CorpusShape(dataset.digest, dataset.chunks) for dataset in datasets], chunks_per_pass)
         dealt = DealtPlan(plan, [dataset.lengths for dataset in datasets], self.dealing)
         return HeldOut(datasets, dealt, plan.samples, self._config.loader)
@@ -185,12 +194,12 @@ def _check_damage(dataset: Dataset, damage: DamageConfig) -> None:
         raise error
 
 
-def _paths(config: DataConfig) -> list[Path]:
+def _paths(config: DataConfig) -> list[str]:
     mixtures = [config.corpora, *(phase.corpora for phase in config.warm_up)]
     return list(dict.fromkeys(corpus.path for mixture in mixtures for corpus in mixture))
 
 
-def _phases(config: DataConfig, steps: int, datasets: Mapping[Path, Dataset]) -> list[PhaseShape]:
+def _phases(config: DataConfig, steps: int, datasets: Mapping[str, Dataset]) -> list[PhaseShape]:
     main_steps = steps - sum(phase.steps for phase in config.warm_up)
     if main_steps < 1:
         raise ConfigError("steps", steps, f"data.warm_up takes {steps - main_steps} of them", "Leave steps for the main phase.")
@@ -200,7 +209,7 @@ def _phases(config: DataConfig, steps: int, datasets: Mapping[Path, Dataset]) ->
         for number, digest in enumerate(digests):
             if digest in digests[:number]:
                 rule = "it holds the same text as another corpus of its mixture"
-                raise ConfigError("data.corpora", str(corpora[number].path), rule, "Name it once, with the summed weight")
+                raise ConfigError("data.corpora", urls.shown(corpora[number].path), rule, "Name it once, with the summed weight")
         return tuple(shape(datasets[corpus.path], corpus.weight) for corpus in corpora)
 
     def shape(dataset: Dataset, weight: float) -> CorpusShape:

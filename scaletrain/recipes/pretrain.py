@@ -83,8 +83,9 @@ class PretrainConfig:
 Config = PretrainConfig
 
 
-def main(config: PretrainConfig, *, fresh: bool = False) -> None:
+def main(config: PretrainConfig, *, fresh: bool = False, allow_pipe: bool = False) -> None:
     """Runs, or continues, until ``config.steps``. ``fresh`` sets checkpoints that are there aside and starts at step 0.
+    ``allow_pipe``: corpora may be commands, which are run.
 
     Raises RequeueError, after a checkpoint, where the run was asked to stop.
     """
@@ -96,7 +97,7 @@ def main(config: PretrainConfig, *, fresh: bool = False) -> None:
             if last is None:
                 dist.from_first("looking for checkpoints", lambda: account.require_first(config.output))
         session.step = last.progress.step if last else 0
-        run = Run(config, session, stop, last)
+        run = Run(config, session, stop, last, allow_pipe=allow_pipe)
         stop.check()
         if run.evaluation_is_due:
             run.evaluate(run.start)
@@ -130,10 +131,12 @@ def main(config: PretrainConfig, *, fresh: bool = False) -> None:
 class Run:
     """The parts of one run, made from its settings and, where there is one, the checkpoint that it continues from."""
 
-    def __init__(self, config: PretrainConfig, session: Session, stop: StopRequest, last: Checkpoint | None) -> None:
+    def __init__(
+        self, config: PretrainConfig, session: Session, stop: StopRequest, last: Checkpoint | None, *, allow_pipe: bool
+    ) -> None:
         self._config, self._session, self._stop, device = config, session, stop, session.device
         dealing = Dealing(**last.progress.fixed["dealing"]) if last else None
-        self.corpora = Corpora(config.data, config.steps, config.seed, config.model.layout, dealing)
+        self.corpora = Corpora(config.data, config.steps, config.seed, config.model.layout, dealing, allow_pipe=allow_pipe)
         self.task = self.corpora.task(config.task, config.seed)
         self._held_out = self.corpora.held_out(config.evaluation.chunks_per_pass) if config.evaluation.every_steps else None
         network = model.build(config.model, self.corpora.tokenizer_folder, config.seed)

@@ -58,6 +58,10 @@ def test_the_verbs_and_their_permissions() -> None:
     assert {name: set(verb.permissions) for name, verb in cli.VERBS.items()} == VERBS
 
 
+def test_what_is_permitted_for_every_start_of_a_job() -> None:
+    assert {name: set(verb.lasting) for name, verb in cli.VERBS.items() if verb.lasting} == {"pretrain": {"allow_pipe"}}
+
+
 def test_the_verbs_that_run_on_several_ranks() -> None:
     assert {name for name, verb in cli.VERBS.items() if verb.ranks} == {
         *("pretrain", "finetune", "evaluate", "continual", "onboard")
@@ -68,7 +72,9 @@ def test_the_verbs_that_run_on_several_ranks() -> None:
 def test_a_verb_takes_its_permissions_and_only_those(verb: str) -> None:
     _settings, *rest = inspect.signature(importlib.import_module(cli.VERBS[verb].module).main).parameters.values()
     sliced = {"part": None} if cli.VERBS[verb].slices else {}
-    assert {parameter.name: parameter.default for parameter in rest} == dict.fromkeys(VERBS[verb], False) | sliced
+    assert {parameter.name: parameter.default for parameter in rest} == dict.fromkeys(
+        (*VERBS[verb], *cli.VERBS[verb].lasting), False
+    ) | sliced
 
 
 def test_the_verbs_whose_work_can_be_split_over_machines() -> None:
