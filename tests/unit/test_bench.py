@@ -231,3 +231,44 @@ def test_the_smoke_run_of_damage_accounts_for_every_sample(tmp_path: Path) -> No
     healthy, *damaged = result["table"]["faults"]
     assert healthy["webdataset"]["silent"] is False and healthy["ours"] == {"right": 600, "replaced": 0, "unaccounted": 0}
     assert len(damaged) == 14 and all(row["webdataset"]["silent"] for row in damaged)
+
+
+# ------------------------------------------------------------------------------------------------------------------------ padding
+
+
+def test_the_smoke_run_of_padding_measures_every_way_without_the_data(tmp_path: Path) -> None:
+    done = run(tmp_path / "no-such-folder", "--smoke", script="padding")
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert (result["bench"], result["smoke"], len(result["checks"])) == ("padding", True, 8)
+    rows = {(row["longest"], row["layout"], row["world"], row["way"]): row for row in result["table"]}
+    assert {"ours", "ours_as_many", "random", "group_by_length"} <= {way for *_, way in rows}
+    for longest, world in ((128, 2), (128, 8), (512, 2), (512, 8)):
+        ours = [rows[longest, layout, world, "ours"] for layout in ("padded", "unpadded")]
+        assert 0.05 < ours[0]["padding"] < rows[longest, "padded", world, "random"]["padding"]
+        assert (ours[1]["padding"], ours[1]["round"] < 0.01) == (0.0, True)
+        assert ours[0]["padding"] == rows[longest, "padded", 2, "ours"]["padding"]  # no slot knows the number of ranks
+        assert rows[longest, "unpadded", world, "random"]["round"] > ours[1]["round"]
+
+
+def test_without_the_data_the_full_run_of_padding_ends_with_65(tmp_path: Path) -> None:
+    done = run(tmp_path, script="padding")
+    assert (done.returncode, done.stdout) == (65, "")
+    assert done.stderr.startswith(f"error: SCALETRAIN_DATA: got '{tmp_path}/standard_ebooks/train.txt.gz'; no such file")
+
+
+def test_padding_and_imbalance_of_a_step_counted_by_hand() -> None:
+    """Two rounds of two ranks. Padded: 20 + 12 and 8 + 0 places with 33 tokens in them; unpadded 19 + 8 and 6 + 0."""
+    padding = module("padding")
+    batches = [[[10, 9], [4, 2, 2]], [[2, 2, 2, 0], []]]
+    step = [[padding.np.array(rows, dtype=padding.np.int64) for rows in batches_] for batches_ in batches]
+    padded, unpadded = (padding.measure([step], layout) for layout in ("padded", "unpadded"))
+    assert padded["padding"] == pytest.approx(1 - 33 / 40)
+    assert padded["round"] == pytest.approx((20 + 8) / (16 + 4) - 1)
+    assert padded["step"] == pytest.approx(28 / 20 - 1)
+    assert padded["worst"] == pytest.approx(1.0)
+    assert padded["useful"] == pytest.approx(33 / (2 * 28))
+    assert padded["attention"] == pytest.approx((200 + 16) / ((200 + 48) / 2 + 8) - 1)
+    assert (unpadded["padding"], unpadded["useful"]) == (0.0, pytest.approx(33 / (2 * 25)))
+    assert unpadded["attention"] == pytest.approx((181 + 12) / ((181 + 24) / 2 + 6) - 1)
+    assert (padded["rounds"], padded["drift"]) == (2.0, 0.0)
