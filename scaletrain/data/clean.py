@@ -29,12 +29,16 @@ class CleanConfig:
     """Strip markup: tags go, entities become characters, scripts and styles are left out."""
     keep_lines: bool = False
     """Keep line breaks (runs of blank lines become one); otherwise all white space becomes single spaces."""
+    unwrap: bool = False
+    """Drop line breaks between two characters of Chinese or Japanese, which has no blanks, where lines end with the page."""
     min_characters: Annotated[int, Field(ge=1)] = 1
     """Shorter documents are dropped; counted after cleaning."""
     max_characters: Annotated[int, Field(ge=1)] | None = None
     """Longer documents are dropped; counted after cleaning."""
 
     def __post_init__(self) -> None:
+        if self.unwrap and self.keep_lines:
+            raise ConfigError("clean.unwrap", True, "clean.keep_lines keeps all line breaks", "Leave one of them out")
         if self.max_characters is not None and self.max_characters < self.min_characters:
             rule = f"must be at least clean.min_characters ({self.min_characters})"
             raise ConfigError("clean.max_characters", self.max_characters, rule, "Raise it, or leave it out for no limit")
@@ -44,6 +48,9 @@ class CleanConfig:
 # characters stay: joiners are part of the spelling in many scripts.
 _CONTROL = re.compile("[\x00-\x08\x0e-\x1b\x7f-\x84\x86-\x9f\ud800-\udfff\ufeff\ufffe\uffff]")
 _LINE_BREAK = re.compile("\r\n|[\n\r\x0b\x0c\x1c-\x1e\x85\u2028\u2029]")
+# CJK punctuation and kana, Han ideographs, full-width forms. The literal first: it is what the search looks for.
+_WIDE = "[\u3001-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\uff01-\uff60\U00020000-\U0003ffff]"
+_WRAPPED = re.compile(f"\n(?<={_WIDE}\n)(?={_WIDE})")
 _BLANK_LINES = re.compile("\n{3,}")
 
 
@@ -52,6 +59,8 @@ def clean(text: str, config: CleanConfig) -> str:
     if config.html:
         text = strip_html(text)
     text = _CONTROL.sub("", text)
+    if config.unwrap:
+        text = _WRAPPED.sub("", text)
     if not config.keep_lines:
         return unicodedata.normalize("NFC", " ".join(text.split()))
     lines = (" ".join(line.split()) for line in _LINE_BREAK.split(text))

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from itertools import chain
 from multiprocessing import get_context, parent_process
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -131,8 +132,8 @@ class Encoder:
         rule = self._starts[ids]
         if self._cut is None:
             return list(split(ids, self.recipe.max_tokens, rule))
-        starts = words.token_starts(text, encoding.offsets, self._cut, rule)
-        sentences = words.sentence_starts(text, encoding.offsets)
+        spans = np.fromiter(chain.from_iterable(encoding.offsets), np.int64).reshape(-1, 2)
+        starts, sentences = words.token_starts(text, spans, self._cut, rule), words.sentence_starts(text, spans)
         return list(split(words.mark(ids, starts, rule), self.recipe.max_tokens, starts, sentences))
 
     def _judge(self, text: str, hashed: bytes) -> int:

@@ -34,6 +34,13 @@ from scaletrain.data.tokenizer import PretrainedConfig, TokenizerConfig, WordPie
 from scaletrain.errors import ConfigError, CorpusError
 
 _LENGTH_BINS = 8
+_LATER: tuple[tuple[str, str, Any], ...] = (
+    ("", "segmenter", "none"),
+    ("clean", "unwrap", False),
+    ("tokenizer", "nfkc", False),
+    ("tokenizer", "character_sets", []),
+)
+"""Settings that came later: in which part, their name, and the value that changes nothing."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -106,12 +113,15 @@ def prepare(config: PrepareConfig, *, fresh: bool = False) -> dict[str, Any]:
 def settings(config: PrepareConfig) -> dict[str, Any]:
     """What decides the folder's bytes, as a plain tree.
 
-    Settings that came later are left out where they change nothing, so that a folder made before them is still the same one.
+    Settings that came later are left out where they change nothing: a folder made before them is still the same one.
     """
     tree = {key: value for key, value in to_tree(config).items() if key not in ("output", "processes")}
-    for part, name, neutral in ((tree, "segmenter", "none"), *((tree["tokenizer"], name, False) for name in ("nfkc", "ascii"))):
+    for place, name, neutral in _LATER:
+        part = tree[place] if place else tree
         if part.get(name) == neutral:
             del part[name]
+    if "segmenter" in tree:
+        tree["segmenter"] = words.described(config.segmenter)
     return tree
 
 

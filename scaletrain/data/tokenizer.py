@@ -42,8 +42,8 @@ class WordPieceConfig:
     """Fold case and strip accents."""
     nfkc: bool = False
     """Give compatibility forms the tokens of the plain ones, full-width letters, digits and punctuation among them (NFKC)."""
-    ascii: bool = False
-    """Know printable ASCII characters even if the training text lacks them, as Chinese novels do and news do not."""
+    character_sets: tuple[Literal["ascii", "gb2312", "big5"], ...] = ()
+    """Their characters get tokens even where the training text lacks them, so that text read later is not unknown."""
     alphabet: Annotated[int, Field(ge=1)] = 6_000
     """At most so many different characters get a token of their own: the most frequent ones."""
     min_frequency: Annotated[int, Field(ge=1)] = 2
@@ -219,12 +219,9 @@ def _train_wordpiece(config: WordPieceConfig, texts: Callable[[], Iterable[str]]
 
     plain = _bert_tokenizer(config)
     words = collections.Counter(word for text in texts() for word in plain.normalizer.normalize_str(text).split())
-    special, alphabet = list(_BERT_TOKENS.values()), _alphabet(words, config.alphabet)
-    inside = {*_train_on(plain, words, alphabet, vocab_size=0, min_frequency=1).get_vocab()}
-    if config.ascii:
-        known = set(plain.normalizer.normalize_str("".join(map(chr, range(0x21, 0x7F)))))
-        alphabet = sorted({*alphabet, *known})
-        inside |= {f"##{char}" for char in known if char.isalnum()}
+    special, known = list(_BERT_TOKENS.values()), _characters(config.character_sets, plain.normalizer)
+    alphabet = sorted({*_alphabet(words, config.alphabet), *known})
+    inside = _train_on(plain, [*words, *(2 * char for char in known)], alphabet, vocab_size=0, min_frequency=1).get_vocab()
     fixed = [*special, *alphabet, *sorted(token for token in inside if token.startswith("##") and len(token) == 3)]
     if config.vocab_size < len(fixed):
         rule = f"the special tokens and the corpus's {len(alphabet)} characters, alone and inside words, take {len(fixed)}"
@@ -277,6 +274,15 @@ def _train_bpe(config: ByteLevelConfig, texts: Iterable[str]) -> tokenizers.Toke
     ends = [(token, tokenizer.token_to_id(token)) for token in ("<s>", "</s>")]
     tokenizer.post_processor = processors.TemplateProcessing("<s> $A </s>", "<s> $A </s> </s> $B </s>", ends)
     return tokenizer
+
+
+def _characters(sets: Iterable[str], normalizer: Any) -> list[str]:
+    """The printable characters of some character sets, as they are once normalised."""
+    text = bytearray()
+    for code in range(0x21, 0x10000):
+        if chr(code).isprintable() and any(chr(code).encode(name, "ignore") for name in sets):
+            text += chr(code).encode()
+    return sorted(set("".join(normalizer.normalize_str(text.decode()).split())))
 
 
 def _alphabet(words: Mapping[str, int], limit: int) -> list[str]:

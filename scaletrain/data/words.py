@@ -8,6 +8,7 @@ opposite is true. Text in which the rule always holds is stored as before, and n
 
 from __future__ import annotations
 
+import importlib.metadata
 import re
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
@@ -20,11 +21,24 @@ from scaletrain.errors import ConfigError, ScaletrainError
 Segmenter = Literal["none", "jieba"]
 Cut = Callable[[str], Sequence[str]]
 """A text to its words, blanks and punctuation included: joined, they are the text."""
+Spans = npt.NDArray[np.int64]
+"""First character of each token, and the one behind its last: shape [tokens, 2]."""
 
 _SENTENCE_END = re.compile(r"[。！？!?…；]+[”’」』）)】》\"'\s]*")
-_BLANKS = [code for code in range(0x3001) if chr(code).isspace()]
-# Han ideographs: unified, extensions A and B onwards, compatibility forms, and the iteration mark and zero that stand among them.
-_HAN = ((0x3005, 0x3007), (0x3400, 0x4DBF), (0x4E00, 0x9FFF), (0xF900, 0xFAFF), (0x20000, 0x3FFFF))
+_HAN, _BLANK = 1, 2
+
+
+def _table() -> npt.NDArray[np.uint8]:
+    """Kind of each character up to the last plane with ideographs, the rest as the last one of them."""
+    kinds = np.zeros(1 << 18, np.uint8)
+    # The iteration mark and the zero; extension A; unified; compatibility forms; extensions B onwards.
+    for first, last in ((0x3005, 0x3007), (0x3400, 0x4DBF), (0x4E00, 0x9FFF), (0xF900, 0xFAFF), (0x20000, 0x3FFFD)):
+        kinds[first : last + 1] = _HAN
+    kinds[[code for code in range(0x3001) if chr(code).isspace()]] = _BLANK
+    return kinds
+
+
+_KINDS = _table()
 
 
 def load(segmenter: Segmenter) -> Cut | None:
@@ -44,32 +58,42 @@ def load(segmenter: Segmenter) -> Cut | None:
     return rjieba.cut
 
 
-def token_starts(text: str, offsets: Sequence[tuple[int, int]], cut: Cut, rule: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
+def described(segmenter: Segmenter) -> str:
+    """A segmenter with the release of its library, which may find other words than the next. Raises ConfigError as ``load``."""
+    if load(segmenter) is None:
+        return segmenter
+    return f"{segmenter} (rjieba {importlib.metadata.version('rjieba')})"
+
+
+def token_starts(text: str, spans: Spans, cut: Cut, rule: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
     """Which tokens of ``text`` start a word, shape [tokens].
 
-    ``offsets`` says which characters each token covers, ``rule`` [tokens] what the vocabulary says of it. A word that the
-    segmenter found is never divided. It divides text only beside a Han character: elsewhere (it takes letters outside ASCII one
-    by one) words start where the vocabulary says so too. Raises ScaletrainError for a segmenter that loses text.
+    ``spans`` [tokens, 2] says which characters each token covers, ``rule`` [tokens] what the vocabulary says of it. A word that
+    the segmenter found is never divided. It divides text only beside a Han character: elsewhere (it takes letters outside ASCII
+    one by one) words start where the vocabulary says so too. Raises ScaletrainError for a segmenter that loses text.
     """
     lengths = np.array([len(word) for word in cut(text)], np.int64)
     if lengths.sum() != len(text):
         raise ScaletrainError(f"segmenter: its words have {lengths.sum()} characters, the text {len(text)}: {text[:40]!r}")
-    if not offsets:
+    if not len(spans):
         return np.zeros(0, np.bool_)
-    word, (han, blank) = np.repeat(np.arange(len(lengths)), lengths), _kinds(text)
-    begin, end = np.array(offsets, np.int64).T
+    word = np.repeat(np.arange(len(lengths)), lengths)
+    kinds = _KINDS[np.minimum(np.frombuffer(text.encode("utf-32-le"), "<u4"), len(_KINDS) - 1)]
+    begin, end = spans.T
     last = np.clip(end - 1, begin, len(text) - 1)
-    first = np.minimum(_next_solid(blank)[begin], last)  # byte-level tokens begin with the blank before them
+    first = np.minimum(_next_solid(kinds == _BLANK)[begin], last)  # byte-level tokens begin with the blank before them
     before = np.append(first[:1], last[:-1])
-    divided: npt.NDArray[np.bool_] = (word[first] != word[before]) & (han[first] | han[before] | rule)
+    han = (kinds[first] == _HAN) | (kinds[before] == _HAN)
+    divided: npt.NDArray[np.bool_] = (word[first] != word[before]) & (han | rule)
     divided[0] = True
     return divided
 
 
-def sentence_starts(text: str, offsets: Sequence[tuple[int, int]]) -> npt.NDArray[np.bool_]:
+def sentence_starts(text: str, spans: Spans) -> npt.NDArray[np.bool_]:
     """Which tokens of ``text`` come right after a sentence (its end mark with closing quotes and blanks), shape [tokens]."""
-    ends = np.array([found.end() for found in _SENTENCE_END.finditer(text)], np.int64)
-    return np.isin(np.array([begin for begin, _ in offsets], np.int64), ends)
+    follows = np.zeros(len(text) + 1, np.bool_)
+    follows[[found.end() for found in _SENTENCE_END.finditer(text)]] = True
+    return follows[spans[:, 0]]
 
 
 def mark(ids: npt.NDArray[Any], starts: npt.NDArray[np.bool_], rule: npt.NDArray[np.bool_]) -> npt.NDArray[Any]:
@@ -88,15 +112,6 @@ def starts(stored: npt.NDArray[Any], starts_word: npt.NDArray[np.bool_]) -> npt.
     """Which tokens of a stored chunk start a word, shape [tokens]; ``starts_word`` [vocabulary] is the vocabulary's rule."""
     marks: npt.NDArray[np.bool_] = starts_word[plain(stored)] ^ (stored < 0)
     return marks
-
-
-def _kinds(text: str) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_]]:
-    """Which characters are Han, and which are blanks."""
-    codes = np.frombuffer(text.encode("utf-32-le"), "<u4")
-    han = np.zeros(len(codes), np.bool_)
-    for low, high in _HAN:
-        han |= (codes >= low) & (codes <= high)
-    return han, np.isin(codes, _BLANKS)
 
 
 def _next_solid(blank: npt.NDArray[np.bool_]) -> npt.NDArray[np.int64]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import sys
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from scaletrain.data import index
 from scaletrain.data.dataset import AsStored, Dataset, read_manifest
 from scaletrain.data.plan import Picks
 from scaletrain.data.prepare import PrepareConfig, prepare
+from scaletrain.data.prepare import settings as described
 from scaletrain.data.slots import Dealing
 from scaletrain.data.survey import check, stretches
 from scaletrain.data.tokenizer import Vocabulary
@@ -46,7 +48,7 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., PrepareC
         tree: dict[str, Any] = {
             "source": {"name": "text", "paths": [str(corpus)], "document": "paragraph"},
             "validation_fraction": 0.2,
-            "tokenizer": {"name": "wordpiece", "vocab_size": 512, "nfkc": True, "ascii": True},
+            "tokenizer": {"name": "wordpiece", "vocab_size": 512, "nfkc": True, "character_sets": ["ascii"]},
             "segmenter": "jieba",
             "max_tokens": 64,
             "chunks_per_shard": 40,
@@ -103,8 +105,14 @@ def test_a_survey_counts_the_characters_and_not_the_marks(prepared: Path) -> Non
     np.testing.assert_array_equal(counted, expected)
 
 
-def test_a_folder_without_a_segmenter_is_described_as_before_there_was_one(unsegmented: Path) -> None:
-    assert "segmenter" not in read_manifest(unsegmented)["config"]
+def test_settings_that_change_nothing_are_not_in_a_folder_as_before_there_were_any(prepared: Path, unsegmented: Path) -> None:
+    later = {"segmenter", "unwrap", "nfkc", "character_sets"}
+    tree = described(config.decode(PrepareConfig, {"output": "folder"}))
+    assert not later & {*tree, *tree["clean"], *tree["tokenizer"]}
+    tree = read_manifest(unsegmented)["config"]
+    assert later & {*tree, *tree["clean"], *tree["tokenizer"]} == {"nfkc", "character_sets"}
+    release = importlib.metadata.version("rjieba")
+    assert read_manifest(prepared)["config"]["segmenter"] == f"jieba (rjieba {release})"
 
 
 def test_the_bytes_do_not_depend_on_the_processes(prepared: Path, settings: Callable[..., PrepareConfig], tmp_path: Path) -> None:

@@ -32,6 +32,15 @@ def test_lines_are_kept_on_request() -> None:
     assert clean("\n a  b\r\nc\u2028d\n\n\n\n\ne \n", config) == "a b\nc\nd\n\ne"
 
 
+def test_lines_of_chinese_are_joined_without_a_blank_on_request() -> None:
+    raw = "天气很\n好，\n我们\n\n去 公园\n。用 Python\n写、\n「あ\nいう」ＡＢ\nＣ\nEnglish\nlines"
+    assert clean(raw, CleanConfig(unwrap=True)) == "天气很好，我们 去 公园。用 Python 写、「あいう」ＡＢＣ English lines"
+    assert clean(raw, PLAIN) == " ".join(raw.split())
+    assert clean("段落一\n　　段落二", CleanConfig(unwrap=True)) == "段落一 段落二"  # an indented line begins a paragraph
+    with pytest.raises(ConfigError, match=r"clean.unwrap: got True; clean.keep_lines keeps all line breaks"):
+        CleanConfig(unwrap=True, keep_lines=True)
+
+
 def test_html_becomes_its_text() -> None:
     page = "<style>p{}</style><p>Fish &amp; <b>chips</b><br>at&nbsp;5&#8364;</p><script>var a = '<p>no</p>'</script><p>Next"
     assert clean(page, CleanConfig(html=True)) == "Fish & chips at 5€ Next"

@@ -194,11 +194,22 @@ def test_full_width_forms_are_the_plain_ones_with_nfkc_and_their_own_without() -
     assert pieces([text.replace("，", ",") for text in texts], config, "，") == pieces(texts, config, ",") == [","]
 
 
-def test_latin_letters_and_digits_are_known_with_ascii_though_the_text_has_none() -> None:
+def test_characters_of_the_sets_named_are_known_though_the_text_has_none() -> None:
     text = "用 Python3 写 C++，π"
     assert pieces(CHINESE * 50, WordPieceConfig(vocab_size=512), text).count("[UNK]") == 7
-    known = pieces(CHINESE * 50, WordPieceConfig(vocab_size=512, ascii=True), text)
+    known = pieces(CHINESE * 50, WordPieceConfig(vocab_size=512, character_sets=("ascii",)), text)
     assert known == ["[UNK]", "p", "##y", "##t", "##h", "##o", "##n", "##3", "[UNK]", "c", "+", "+", "，", "[UNK]"]
+
+
+def test_gb2312_has_the_characters_of_simplified_and_big5_of_traditional_chinese() -> None:
+    config = WordPieceConfig(vocab_size=20_000, character_sets=("gb2312",))
+    made = tokenizer.train(config, lambda: CHINESE * 50, max_tokens=126)
+    assert made.tokenize("龟鑫，語ββ") == ["龟", "鑫", "，", "[UNK]", "β", "##β"]
+    # 6,763 Han characters, by the standard's own count (GB 2312-80), each of them once and never inside a word.
+    assert sum(len(token) == 1 and 0x4E00 <= ord(token) <= 0x9FFF for token in made.get_vocab()) == 6763
+    assert not any(token.startswith("##") and 0x4E00 <= ord(token[2]) <= 0x9FFF for token in made.get_vocab())
+    both = WordPieceConfig(vocab_size=30_000, character_sets=("gb2312", "big5"))
+    assert pieces(CHINESE * 50, both, "龟語龜") == ["龟", "語", "龜"]
 
 
 def test_more_characters_than_the_alphabet_has_room_for_leave_the_frequent_ones() -> None:

@@ -44,7 +44,7 @@ def groups(folder: Path, text: str) -> list[tuple[int, int]]:
     """First and last character of every group of tokens that are masked together, blanks before it left out."""
     encoding = tokenizer.encoder(folder).encode(text, add_special_tokens=False)
     rule = tokenizer.word_starts(folder)[np.array(encoding.ids)]
-    starts = words.token_starts(text, encoding.offsets, cut(), rule)
+    starts = words.token_starts(text, np.array(encoding.offsets), cut(), rule)
     found: list[tuple[int, int]] = []
     for (begin, end), start in zip(encoding.offsets, starts, strict=True):
         begin = min(end - 1, begin + len(text[begin:end]) - len(text[begin:end].lstrip()))
@@ -78,7 +78,7 @@ def test_words_of_other_scripts_are_those_of_the_vocabulary(folder: Path) -> Non
 
 def test_a_segmenter_that_loses_text_is_an_error() -> None:
     with pytest.raises(ScaletrainError, match="its words have 2 characters, the text 3"):
-        words.token_starts("我们去", [(0, 1), (1, 2), (2, 3)], lambda text: [text[:2]], np.ones(3, np.bool_))
+        words.token_starts("我们去", np.array([(0, 1), (1, 2), (2, 3)]), lambda text: [text[:2]], np.ones(3, np.bool_))
 
 
 @settings(deadline=None)
@@ -149,7 +149,7 @@ def test_masks_follow_the_marks_and_not_the_vocabulary() -> None:
 
 def test_a_document_is_cut_before_a_sentence_if_one_is_near_else_before_a_word() -> None:
     text = "一二三四五六七。八九十。” 百千万亿"
-    offsets = [(place, place + 1) for place, char in enumerate(text) if not char.isspace()]
+    offsets = np.array([(place, place + 1) for place, char in enumerate(text) if not char.isspace()])
     sentences = words.sentence_starts(text, offsets)
     assert np.flatnonzero(sentences).tolist() == [8, 13]
     ids, starts = np.arange(len(offsets), dtype=np.int16), np.arange(len(offsets)) % 2 == 0
