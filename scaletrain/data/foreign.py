@@ -22,6 +22,7 @@ from scaletrain.data import index
 from scaletrain.data.checksum import crc32
 from scaletrain.data.files import Files
 from scaletrain.data.shards import write_atomically
+from scaletrain.durable import sync
 from scaletrain.errors import CorpusError, ScaletrainError, StorageError
 
 SUFFIX = ".stidx"
@@ -83,8 +84,16 @@ def _in_order(tars: Sequence[Path], missing: Sequence[Path], made: Iterator[Path
 
 def _build(tar: Path, folder: Path | None) -> Path:
     file = place(tar, folder)
-    write_atomically(file, index.build(tar).to_bytes())
+    _publish(file, index.build(tar))
     return file
+
+
+def _publish(file: Path, made: index.Index) -> None:
+    """Writes an index under a name that no other process uses, then renames: those that build the same one at once do no harm."""
+    private = file.with_name(f".{file.name}.{os.urandom(8).hex()}")
+    write_atomically(private, made.to_bytes())
+    private.replace(file)
+    sync(file.parent)
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,7 +177,7 @@ def _at_first_sight(tar: Path, folder: Path | None) -> index.Index:
     try:
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(place(tar, folder), made.to_bytes())
+        _publish(place(tar, folder), made)
     except (StorageError, OSError):  # on storage that cannot be written to it is made again each time
         pass
     return made

@@ -168,6 +168,23 @@ def test_killed_while_it_builds_it_goes_on_where_it_was(tmp_path: Path) -> None:
     assert len(TarSet.open(sorted(tmp_path.glob("*.tar")), strict=True)) == 40 * 60
 
 
+def test_several_that_build_the_same_indexes_at_once_do_no_harm(tmp_path: Path) -> None:
+    files = [make_tar(tmp_path / f"{n:02d}.tar", pairs(40)) for n in range(30)]
+    program = (
+        "import sys; from pathlib import Path; from scaletrain.data import foreign\n"
+        "sys.stdin.read()\nlist(foreign.build([Path(each) for each in sys.argv[1:]]))"
+    )
+    command = [sys.executable, "-c", program, *map(str, files)]
+    builders = [subprocess.Popen(command, stdin=subprocess.PIPE) for _ in range(3)]
+    time.sleep(2)  # until all of them wait for the word
+    for builder in builders:
+        assert builder.stdin is not None
+        builder.stdin.close()
+    assert [builder.wait() for builder in builders] == [0, 0, 0]
+    assert len(TarSet.open(files, strict=True)) == 30 * 40
+    assert list(tmp_path.glob(".*")) == []
+
+
 # --------------------------------------------------------------------------------------------------------------------- hostile
 
 
