@@ -4,26 +4,26 @@ from __future__ import annotations
 
 import itertools
 import os
-import zlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from scaletrain.data import index, npy, words
+from scaletrain.data.checksum import crc32
 from scaletrain.data.index import BLOCK, Records
 from scaletrain.errors import CorpusError, ScaletrainError
 
 STRETCH_BYTES = 1 << 26
 """About what a process is given at a time: little enough that all have work until the end."""
-READ_BYTES = 1 << 24
-"""Of one read; a sample that is larger is read in pieces."""
+READ_BYTES = 1 << 22
+"""Of one read: what is made of it fits a processor's cache. A sample that is larger is read in pieces."""
 I64 = npt.NDArray[np.int64]
 
 _ARRAY_AT = BLOCK
@@ -122,11 +122,11 @@ def _read(file: Path, records: Records, starts: I64) -> tuple[bytes, list[int]]:
         if span > READ_BYTES:
             crc = 0
             for at in range(0, span, READ_BYTES):
-                crc = zlib.crc32(os.pread(raw.fileno(), min(READ_BYTES, span - at), base + at), crc)
+                crc = crc32(os.pread(raw.fileno(), min(READ_BYTES, span - at), base + at), crc)
             return data, [crc]
     view = memoryview(data)
     ends = starts + records["length"].astype(np.int64)
-    return data, [zlib.crc32(view[start:end]) for start, end in zip(starts.tolist(), ends.tolist(), strict=True)]
+    return data, [crc32(view[start:end]) for start, end in zip(starts.tolist(), ends.tolist(), strict=True)]
 
 
 def _parts(records: Records, most: int) -> Iterator[tuple[int, int]]:
@@ -152,6 +152,8 @@ def _count(chunks: _Chunks, numbers: I64, occurrences: I64) -> dict[int, str]:
     problems: dict[int, str] = {}
     left = np.ones(len(numbers), np.bool_)
     for dtype in _HEADS:
+        if not left.any():
+            break
         usual = _usual(chunks, dtype)
         left &= ~usual
         lengths = chunks.records["tokens"][usual].astype(np.int64)
@@ -159,17 +161,17 @@ def _count(chunks: _Chunks, numbers: I64, occurrences: I64) -> dict[int, str]:
         begins = (chunks.starts[usual] + _DATA_AT) // size
         places = np.arange(lengths.sum()) + np.repeat(begins - (np.cumsum(lengths) - lengths), lengths)
         ids = np.frombuffer(chunks.data, dtype, len(chunks.data) // size)[places]
-        _add(ids.astype(np.int64), np.repeat(numbers[usual], lengths), occurrences, problems)
+        problems |= _add(ids, numbers[usual], lengths, occurrences)
     for place in np.flatnonzero(left).tolist():
         number, start = int(numbers[place]), int(chunks.starts[place])
         span = chunks.data[start : start + int(chunks.records[place]["length"])]
         try:
             member = next(index.members(lambda at, count, span=span: span[at : at + count], len(span), ""))  # type: ignore[misc]
-            ids = npy.decode(memoryview(span)[member.data : member.data + member.size]).astype(np.int64)
+            ids = npy.decode(memoryview(span)[member.data : member.data + member.size])
         except (CorpusError, ValueError, StopIteration):
             problems[number] = "it holds no array of tokens"
             continue
-        _add(ids, np.full(len(ids), number), occurrences, problems)
+        problems |= _add(ids, np.array([number]), np.array([len(ids)]), occurrences)
     return problems
 
 
@@ -184,13 +186,17 @@ def _usual(chunks: _Chunks, dtype: str) -> npt.NDArray[np.bool_]:
     return fits
 
 
-def _add(ids: I64, owners: I64, occurrences: I64, problems: dict[int, str]) -> None:
-    """Counts tokens as they are stored; where one is outside of the vocabulary, says so of the chunk that it is in."""
-    ids = words.plain(ids)
-    outside = ids >= len(occurrences)
-    for token, owner in zip(ids[outside].tolist(), owners[outside].tolist(), strict=True):
-        problems[owner] = f"token {token} is outside of the vocabulary of {len(occurrences)}"
-    occurrences += np.bincount(ids[~outside], minlength=len(occurrences))
+def _add(stored: npt.NDArray[np.integer[Any]], numbers: I64, lengths: I64, occurrences: I64) -> dict[int, str]:
+    """Counts the tokens of chunks that stand end to end; returns, by number, those with one outside of the vocabulary."""
+    ids = words.plain(stored) if stored.dtype.kind == "i" else stored
+    problems: dict[int, str] = {}
+    if ids.size and int(ids.max()) >= len(occurrences):
+        outside = ids >= len(occurrences)
+        for token, number in zip(ids[outside].tolist(), np.repeat(numbers, lengths)[outside].tolist(), strict=True):
+            problems[number] = f"token {token} is outside of the vocabulary of {len(occurrences)}"
+        ids = ids[~outside]
+    occurrences += np.bincount(ids, minlength=len(occurrences))
+    return problems
 
 
 def _key(span: bytes) -> str:

@@ -132,10 +132,11 @@ class Corpora:
 
     def mixture(self) -> Iterator[dict[str, str | int | float]]:
         """Of each corpus, over the whole run: the samples that come from it, their share, and the passes that they make."""
+        paths = {dataset.digest: urls.shown(path) for path, dataset in self._datasets.items()}
         samples: list[int] = self.plan.samples_of_corpora().tolist()
         for dataset, given in zip(self.datasets, samples, strict=True):
             share, passes = given / sum(samples), given / dataset.chunks
-            yield {"path": str(dataset.folder), "samples": given, "share": round(share, 4), "passes": round(passes, 3)}
+            yield {"path": paths[dataset.digest], "samples": given, "share": round(share, 4), "passes": round(passes, 3)}
 
     @property
     def tokens_per_chunk(self) -> float:

@@ -15,7 +15,8 @@ from pydantic import Field
 
 import scaletrain
 from scaletrain import durable, report
-from scaletrain.errors import CorpusError, StorageError
+from scaletrain.data import urls
+from scaletrain.errors import ConfigError, CorpusError, StorageError
 from scaletrain.recipes import holdings
 from scaletrain.report import Part, SurveyRecord
 
@@ -24,8 +25,8 @@ from scaletrain.report import Part, SurveyRecord
 class SurveyConfig:
     """Which data, and what is done with it."""
 
-    data: Path
-    """A prepared folder, or one with tars that others wrote."""
+    data: str
+    """A prepared folder, or one with tars that others wrote; on this machine."""
     verify: bool = True
     """Read every byte and compare every CRC-32; without it no token is counted either."""
     processes: Annotated[int, Field(ge=1)] | None = None
@@ -42,17 +43,22 @@ Config = SurveyConfig
 def main(config: SurveyConfig) -> dict[str, Any]:
     """Prints what there is, writes a page with pictures, and returns the figures.
 
-    Raises CorpusError, having looked at everything, printed the figures and named each damaged sample, where there is one.
+    Raises ConfigError for a URL, and CorpusError, having looked at everything, printed the figures and named each damaged sample,
+    where there is one.
     """
+    if urls.is_remote(config.data):
+        rule = "what lies elsewhere is not inspected from here; a run that reads it checks every shard that it copies"
+        raise ConfigError("data", urls.shown(config.data), rule, "Inspect it where it lies, or copy it first")
+    folder = Path(config.data)
     reading = holdings.Reading(config.processes or len(os.sched_getaffinity(0)), config.verify, config.index_folder)
-    look = holdings.of_prepared if (config.data / "manifest.json").exists() else holdings.of_tars
-    survey = look(config.data, reading)
+    look = holdings.of_prepared if (folder / "manifest.json").exists() else holdings.of_tars
+    survey = look(folder, reading)
     speed = survey.bytes_read / 1e9 / max(survey.seconds, 1e-9)
     verified = None
     if survey.bytes_read:
         verified = f"Every CRC of {survey.bytes_read / 1e9:.3f} GB compared in {survey.seconds:.2f} s, {speed:.2f} GB/s."
     record = SurveyRecord(
-        name=config.data.resolve().name,
+        name=folder.resolve().name,
         kind=survey.kind,
         facts=survey.facts,
         parts=survey.parts,
@@ -64,7 +70,7 @@ def main(config: SurveyConfig) -> dict[str, Any]:
     page = _write(record, config)
     print(f"page: {page}" if page else "page: none written")
     result = {
-        "data": str(config.data),
+        "data": config.data,
         "kind": survey.kind,
         **survey.facts,
         "parts": {part.name: _figures(part) for part in survey.parts},
@@ -75,7 +81,7 @@ def main(config: SurveyConfig) -> dict[str, Any]:
     }
     if survey.faults:
         print(json.dumps(result), flush=True)
-        raise _error(config.data, survey.faults)
+        raise _error(folder, survey.faults)
     return result
 
 
@@ -107,9 +113,9 @@ def _lines(record: SurveyRecord) -> Iterator[str]:
 
 def _write(record: SurveyRecord, config: SurveyConfig) -> Path | None:
     """The page's place. A folder of data that cannot be written to is no fault; a place that was asked for is."""
-    file = config.output or config.data / "inspect.html"
+    file = config.output or Path(config.data) / "inspect.html"
     made = f"Made by scaletrain {scaletrain.__version__} on {time.strftime('%Y-%m-%d %H:%M UTC', time.gmtime())}."
-    text = report.render(report.survey_page(record, f"Read from {config.data.resolve()}", made))
+    text = report.render(report.survey_page(record, f"Read from {Path(config.data).resolve()}", made))
     try:
         if config.output:
             file.parent.mkdir(parents=True, exist_ok=True)

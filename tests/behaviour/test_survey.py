@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 
 from scaletrain import cli
-from scaletrain.data import foreign, survey
+from scaletrain.data import foreign, index, shards, survey
 from scaletrain.data.dataset import Dataset, read_manifest
 from tests import tiny
 from tests.tars import make_tar
@@ -139,6 +140,25 @@ def test_a_token_outside_of_the_vocabulary_is_damage(prepared: Path) -> None:
     wrong = [chunk for chunk in range(50) if dataset.read(chunk).max() >= size]
     assert [damage.sample - 7 for damage in result.damaged] == wrong
     assert result.damaged[0].problem == f"token {size} is outside of the vocabulary of {size}"
+
+
+@pytest.mark.parametrize("dtype", ["<u2", "<u4", "<i2", "<i4"])
+def test_tokens_are_counted_however_they_are_stored(tmp_path: Path, dtype: str) -> None:
+    """Signed ids are complements where words start against the vocabulary's rule; another writer's arrays are read, too."""
+    ids = [3, 1, 3, 2, 7]
+    stored = np.array([~each if dtype[1] == "i" and place % 2 else each for place, each in enumerate(ids)], dtype)
+    data = shards.sample("a", stored) + shards.sample("b", stored[:2])
+    stream = io.BytesIO()
+    np.save(stream, stored.astype("<i8"))
+    other = make_tar(tmp_path / "other.tar", [("c.npy", stream.getvalue())]).read_bytes()[:1024]
+    (tmp_path / "x.tar").write_bytes(data + other + bytes(1024))
+    result = survey.check(survey.Stretch(tmp_path / "x.tar", 0, index.build(tmp_path / "x.tar").records), 8)
+    assert (result.damaged, result.occurrences.tolist()) == ([], [0, 3, 2, 5, 0, 0, 0, 2])
+
+
+def test_what_lies_elsewhere_is_refused(capsys: Capture) -> None:
+    assert cli.main(["inspect", "data", "https://example.org/corpus"]) == 65
+    assert "what lies elsewhere is not inspected from here" in capsys.readouterr().err
 
 
 def test_without_verify_nothing_is_read(prepared: Path, capsys: Capture) -> None:
