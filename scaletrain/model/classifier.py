@@ -142,7 +142,7 @@ class Classifier(nn.Module):
     @property
     def uses_token_types(self) -> bool:
         """Whether it tells the second text of a pair from the first by `token_type_ids`."""
-        return int(getattr(self.encoder.config, "type_vocab_size", 0)) > 1
+        return self._arrangement.token_types
 
     def columns(self, number: int) -> slice:
         """Where the logits of a block lie among all."""
@@ -168,12 +168,7 @@ class Classifier(nn.Module):
         """
         if not self.blocks:
             raise ModelError("head.blocks", [], "a classifier needs the labels of at least one task", "Grow a block first")
-        inputs = self._arrangement.inputs(input_ids, attention_mask, position_ids, cu_seqlens)
-        if token_type_ids is not None:
-            if not self.uses_token_types:
-                rule = f"{self.encoder.config.model_type} does not tell texts apart by them"
-                raise ModelError("token_type_ids", tuple(token_type_ids.shape), rule, "Collate without them")
-            inputs["token_type_ids"] = token_type_ids
+        inputs = self._arrangement.inputs(input_ids, attention_mask, token_type_ids, position_ids, cu_seqlens)
         documents: Documents | None = inputs.get("documents")
         self._firsts = documents.boundaries[:-1] if documents else None
         try:

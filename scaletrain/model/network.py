@@ -37,6 +37,7 @@ from scaletrain.model.config import (
     load_tokenizer,
 )
 from scaletrain.model.layout import Arrangement
+from scaletrain.model.pair import PAIR, PairHead
 
 _NAMES_CODE = {"auto_map", "trust_remote_code", "custom_pipelines"}
 """Keys of a configuration that name code to run, beside those of the attention."""
@@ -44,21 +45,25 @@ _NAMES_CODE = {"auto_map", "trust_remote_code", "custom_pipelines"}
 _logging: Any = transformers_logging  # Transformers types it only in part
 
 PREFIX = "network."
-"""In front of every parameter name; what follows is the name in plain Transformers."""
+"""In front of every parameter name but those of a pair head; what follows is the name in plain Transformers."""
 
 
 class MaskedLanguageModel(nn.Module):
     """A Transformers model for masked language modelling, built on every rank and partitioned afterwards.
 
-    Raises ModelError for a layout that would let the documents of this model type attend to each other.
+    ``pair`` is a second head, on the first token of each sample. Raises ModelError for a layout that would let the documents of
+    this model type attend to each other.
     """
 
-    def __init__(self, network: PreTrainedModel, layout: Layout = "padded") -> None:
+    def __init__(self, network: PreTrainedModel, layout: Layout = "padded", pair: PairHead | None = None) -> None:
         super().__init__()
         self._arrangement = Arrangement(network, layout)
         self.network = network
         self.layout = layout
+        self.pair = pair
         self._rows: Tensor | None = None
+        self._boundaries: Tensor | None = None
+        self._firsts: Tensor | None = None
         network.base_model.register_forward_hook(self._narrow)
 
     @property
@@ -66,38 +71,50 @@ class MaskedLanguageModel(nn.Module):
         """Longest row or document in tokens."""
         return self._arrangement.max_positions
 
+    @property
+    def uses_token_types(self) -> bool:
+        """Whether it tells the second part of a pair from the first by `token_type_ids`."""
+        return self._arrangement.token_types
+
     def forward(
         self,
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
         position_ids: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
         rows: Tensor | None = None,
-    ) -> Tensor:
-        """Logits [n_rows, vocabulary], of inputs as `Arrangement.inputs` takes them.
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Logits [n_rows, vocabulary], of inputs as `Arrangement.inputs` takes them; with a pair head also its [samples, 2].
 
         `rows` int64 [n_rows]: indices into the flattened batch * length positions that are to be predicted (none: all).
         """
-        inputs = self._arrangement.inputs(input_ids, attention_mask, position_ids, cu_seqlens)
-        self._rows = rows
+        inputs = self._arrangement.inputs(input_ids, attention_mask, token_type_ids, position_ids, cu_seqlens)
+        self._rows, documents = rows, inputs.get("documents")
+        self._boundaries = documents.boundaries if documents else None
         try:
-            logits: Tensor = self.network(**inputs).logits
+            logits: Tensor = self.network(**inputs).logits.flatten(0, -2)
+            if self.pair is None:
+                return logits
+            return logits, self.pair(self._firsts)
         finally:
-            self._rows = None
-        return logits.flatten(0, -2)
+            self._rows = self._boundaries = self._firsts = None
 
     def _narrow(self, _encoder: nn.Module, _inputs: Any, output: Any) -> Any:
+        hidden = output.last_hidden_state
+        if self.pair is not None:
+            self._firsts = hidden[:, 0] if self._boundaries is None else hidden[0, self._boundaries[:-1]]
         if self._rows is not None:
-            hidden = output.last_hidden_state
             output.last_hidden_state = hidden.flatten(0, 1).index_select(0, self._rows)[None]
         return output
 
 
-def build(config: ModelConfig, tokenizer: TokenIds | Path | str, seed: int) -> MaskedLanguageModel:
+def build(config: ModelConfig, tokenizer: TokenIds | Path | str, seed: int, *, pair: bool = False) -> MaskedLanguageModel:
     """The model on the CPU in fp32, with the same weights on every rank: they follow from the configuration and the seed.
 
-    `tokenizer` is its folder, or what was read from it. The process's random state is left as it was.
-    Raises ModelError and TokenizerError; warns if a pretrained folder has no head, so that a new one was made.
+    `pair` gives it a pair head, which changes no other weight. `tokenizer` is its folder, or what was read from it. The process's
+    random state is left as it was. Raises ModelError and TokenizerError; warns if a pretrained folder has no head, so that a new
+    one was made.
     """
     tokens = tokenizer if isinstance(tokenizer, TokenIds) else TokenIds.of(tokenizer)
     network: Any
@@ -107,7 +124,8 @@ def build(config: ModelConfig, tokenizer: TokenIds | Path | str, seed: int) -> M
             network = _load_pretrained(config, tokens, loaded)
         else:
             network = from_config(AutoModelForMaskedLM, derive(config, tokens), config.attention_implementation)
-    model = MaskedLanguageModel(network, config.layout)
+        head = PairHead(network.config) if pair else None
+    model = MaskedLanguageModel(network, config.layout, head)
     if config.gradient_checkpointing:
         recompute(network)
     return model
@@ -116,11 +134,11 @@ def build(config: ModelConfig, tokenizer: TokenIds | Path | str, seed: int) -> M
 def rebuild(hf_config: Mapping[str, Any], state: Mapping[str, Tensor], layout: Layout = "padded") -> MaskedLanguageModel:
     """The model that a Hugging Face configuration (as in `describe`) and full weights by parameter name stand for.
 
-    Raises ModelError if names or shapes do not fit.
+    A pair head is left out. Raises ModelError if names or shapes do not fit.
     """
     with seeded(0), quiet():
         model = MaskedLanguageModel(from_config(AutoModelForMaskedLM, config_of(hf_config)), layout)
-    fill(model, state)
+    fill(model, {name: weight for name, weight in state.items() if not name.startswith(PAIR)})
     return model
 
 

@@ -145,8 +145,9 @@ class Corpora:
         tokens = math.fsum(given * d.tokens / d.chunks for given, d in zip(samples, self.datasets, strict=True))
         return tokens / sum(samples) + SPECIAL_TOKENS
 
-    def task(self, config: MlmConfig, seed: int) -> MaskedLanguageModelling:
-        return MaskedLanguageModelling(config, self.vocabulary, self.dealing, [dataset.digest for dataset in self.datasets], seed)
+    def task(self, config: MlmConfig, seed: int, *, token_types: bool) -> MaskedLanguageModelling:
+        digests = [dataset.digest for dataset in self.datasets]
+        return MaskedLanguageModelling(config, self.vocabulary, self.dealing, digests, seed, token_types)
 
     def loader(self, task: MaskedLanguageModelling) -> Loader:
         stored = [AsStored(dataset) for dataset in self.datasets]

@@ -137,9 +137,10 @@ class Run:
         self._config, self._session, self._stop, device = config, session, stop, session.device
         dealing = Dealing(**last.progress.fixed["dealing"]) if last else None
         self.corpora = Corpora(config.data, config.steps, config.seed, config.model.layout, dealing, allow_pipe=allow_pipe)
-        self.task = self.corpora.task(config.task, config.seed)
         self._held_out = self.corpora.held_out(config.evaluation.chunks_per_pass) if config.evaluation.every_steps else None
-        network = model.build(config.model, self.corpora.tokenizer_folder, config.seed)
+        pair = config.task.pair != "none"
+        network = model.build(config.model, self.corpora.tokenizer_folder, config.seed, pair=pair)
+        self.task = self.corpora.task(config.task, config.seed, token_types=network.uses_token_types)
         self.corpora.check_positions(network.max_positions)
         self._identity = _identity(config, network, self.corpora)
         if last:

@@ -12,7 +12,7 @@ from scaletrain import errors
 from scaletrain.report.content import Block, Chart, Charts, Fact, Facts, Fold, Mark, Page, Passage, Section, Series, Table, Word
 from scaletrain.report.scale import duration, fixed, short, size
 
-LOWER_IS_BETTER = frozenset({"loss", "perplexity"})
+LOWER_IS_BETTER = frozenset({"loss", "perplexity", "pair_loss"})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

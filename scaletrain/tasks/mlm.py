@@ -1,6 +1,9 @@
 """Masked language modelling: predict the tokens that were hidden (Devlin et al., arXiv 1810.04805).
 
 The head runs on the chosen tokens only. Masks are keyed by the chunk, so what is hidden does not depend on how a step is dealt.
+
+Beside it, chunks can be cut into pairs about which a second head answers a question (``data.pairs``): a second term of the loss,
+with a count of its own.
 """
 
 from __future__ import annotations
@@ -8,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Annotated
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
@@ -19,13 +22,17 @@ from torch.nn import functional
 
 from scaletrain.data.collate import Frame, Slot, arrange, slot_seed
 from scaletrain.data.masking import MaskRule, chunk_keys, mask
+from scaletrain.data.pairs import NO_QUESTION, PairKind, PairRule, pair
 from scaletrain.data.plan import Picks
 from scaletrain.data.slots import Dealing
 from scaletrain.data.spans import SpanConfig
 from scaletrain.data.tokenizer import Vocabulary
 from scaletrain.errors import ConfigError, CorpusError
 
-TERM = "mlm"
+TERM, PAIR_TERM = "mlm", "pair"
+
+Outputs = Tensor | tuple[Tensor, Tensor]
+"""Logits of the chosen tokens; with pairs also those of the answers."""
 
 EVALUATION_SEED = 0
 """Masks of an evaluation do not follow the run's seed: all runs are measured on the same ones."""
@@ -47,6 +54,11 @@ class MlmConfig:
     """Hide words, not pieces of words."""
     spans: SpanConfig | None = None
     """Hide runs of words, and replace each as one (SpanBERT); `spans: {}` takes the paper's lengths."""
+    pair: Literal["none"] | PairKind = "none"
+    """A second question, about chunks cut in two: `sop`, whether the parts stand in order (ALBERT), or `nsp`, whether they are of
+    one text (BERT)."""
+    pair_weight: Annotated[float, Field(gt=0)] = 1.0
+    """Of its loss beside that of the hidden tokens."""
 
     def __post_init__(self) -> None:
         if self.masked_share + self.random_share > 1:
@@ -55,80 +67,119 @@ class MlmConfig:
 
     def identity(self) -> dict[str, str]:
         """What may not change within a run. Settings that came later are in it where they are set, so that old runs go on."""
-        later = {"spans"}
-        return {name: str(value) for name, value in asdict(self).items() if name not in later or value is not None}
+        unset = {"spans": self.spans is None, "pair": self.pair == "none", "pair_weight": self.pair == "none"}
+        return {name: str(value) for name, value in asdict(self).items() if not unset.get(name)}
 
 
 class MaskedLanguageModelling:
-    """The task of pretraining. ``corpora`` are the digests of the plan's corpora, in its order."""
+    """The task of pretraining. ``corpora`` are the digests of the plan's corpora, in its order.
 
-    def __init__(self, config: MlmConfig, vocabulary: Vocabulary, dealing: Dealing, corpora: Sequence[str], seed: int) -> None:
+    ``token_types``: whether the model tells the second part of a pair by them.
+    """
+
+    def __init__(
+        self,
+        config: MlmConfig,
+        vocabulary: Vocabulary,
+        dealing: Dealing,
+        corpora: Sequence[str],
+        seed: int,
+        token_types: bool = False,
+    ) -> None:
         self._seed = self._mask_seed = seed
         self._corpora = tuple(corpora)
         self._config, self._vocabulary, self._dealing = config, vocabulary, dealing
-        self._frame = Frame(vocabulary.cls, vocabulary.sep, vocabulary.pad, dealing.layout, dealing.pad_multiple)
-        self._rule = self._masked_at(config.mask_rate)
+        self._rule, self._pairs = self._masked_at(config.mask_rate), None
         self.signature = f"{TERM}:{dealing.layout}"
         self.weights: Mapping[str, float] = {TERM: 1.0}
+        if config.pair != "none":
+            self._pairs = PairRule(config.pair, vocabulary.sep, vocabulary.starts_word)
+            self.signature = f"{TERM}+{config.pair}:{dealing.layout}"
+            self.weights = {TERM: 1.0, PAIR_TERM: config.pair_weight}
+        ids = vocabulary.cls, vocabulary.sep, vocabulary.pad
+        self._frame = Frame(*ids, dealing.layout, dealing.pad_multiple, token_types and self._pairs is not None)
 
     def for_evaluation(self, corpora: Sequence[str]) -> MaskedLanguageModelling:
         """The same task on held-out corpora: at the evaluation's rate, with masks that no run's seed changes."""
-        task = MaskedLanguageModelling(self._config, self._vocabulary, self._dealing, corpora, self._seed)
+        types = self._frame.token_types
+        task = MaskedLanguageModelling(self._config, self._vocabulary, self._dealing, corpora, self._seed, types)
         task._rule, task._mask_seed = task._masked_at(self._config.evaluation_mask_rate), EVALUATION_SEED
         return task
 
     def collate(self, step: int, index: int, samples: Picks, chunks: Sequence[NDArray[np.int32]]) -> Slot:
-        """One slot: `rows` and `labels` [n_rows] hold the chosen tokens, or one dummy row, counted 0, where none was chosen."""
-        lengths = np.array([len(chunk) for chunk in chunks], dtype=np.int64)
+        """One slot: `rows` and `labels` [n_rows] hold the chosen tokens, or one dummy row, counted 0, where none was chosen.
+
+        With pairs also `pair_labels` [samples], of a slot without samples [1]: NO_QUESTION where a sample is no pair.
+        """
+        keys = chunk_keys(self._mask_seed, self._corpora, samples)
         tokens = np.concatenate([*chunks, np.empty(0, np.int32)])
-        masked = mask(tokens, lengths, chunk_keys(self._mask_seed, self._corpora, samples), self._rule)
-        arranged = arrange(masked.tokens, lengths, self._frame)
+        lengths, seconds, answers = np.array([len(chunk) for chunk in chunks], dtype=np.int64), None, None
+        if self._pairs:
+            tokens, lengths, seconds, answers = pair(chunks, samples, keys, self._pairs)
+        masked = mask(tokens, lengths, keys, self._rule)
+        arranged = arrange(masked.tokens, lengths, self._frame, seconds)
         count = len(masked.selected)
         rows, labels = arranged.places[masked.selected], masked.labels
         chunk_of_row = np.repeat(np.arange(len(chunks)), lengths)[masked.selected]
         if not count:
             rows = labels = chunk_of_row = np.zeros(1, dtype=np.int64)
+        targets, counts = {"labels": labels, "chunk_of_row": chunk_of_row}, {TERM: count}
+        if answers is not None:
+            counts[PAIR_TERM] = int((answers != NO_QUESTION).sum())
+            targets["pair_labels"] = answers if len(answers) else np.full(1, NO_QUESTION)
         return Slot(
             step=step,
             index=index,
             signature=self.signature,
             seed=slot_seed(self._seed, step, index),
             inputs=arranged.inputs | {"rows": torch.from_numpy(rows)},
-            targets={"labels": torch.from_numpy(labels), "chunk_of_row": torch.from_numpy(chunk_of_row)},
-            counts={TERM: count},
+            targets={name: torch.from_numpy(value) for name, value in targets.items()},
+            counts=counts,
             samples=samples,
             real_tokens=arranged.real_tokens,
             padded_tokens=arranged.padded_tokens,
         )
 
-    def terms(self, outputs: Tensor, slot: Slot) -> dict[str, Tensor]:
-        """Cross entropy in nats, summed over the rows of ``outputs`` [n_rows, vocabulary], in fp32; 0 in a dummy slot."""
-        labels = slot.targets["labels"].to(outputs.device, non_blocking=True)
-        total = functional.cross_entropy(outputs.float(), labels, reduction="sum")
-        return {TERM: total if slot.counts[TERM] else total * 0.0}
+    def terms(self, outputs: Outputs, slot: Slot) -> dict[str, Tensor]:
+        """Cross entropies in nats, summed in fp32: over the rows of the logits [n_rows, vocabulary], 0 in a dummy slot, and with
+        pairs over the samples of the second logits [samples, 2] that have a question."""
+        logits, answers = _apart(outputs)
+        labels = slot.targets["labels"].to(logits.device, non_blocking=True)
+        total = functional.cross_entropy(logits.float(), labels, reduction="sum")
+        terms = {TERM: total if slot.counts[TERM] else total * 0.0}
+        if answers is not None:
+            labels = slot.targets["pair_labels"].to(logits.device, non_blocking=True)
+            terms[PAIR_TERM] = functional.cross_entropy(answers.float(), labels, ignore_index=NO_QUESTION, reduction="sum")
+        return terms
 
-    columns = 3
+    @property
+    def columns(self) -> int:
+        """See ``score``."""
+        return 6 if self._pairs else 3
 
-    def score(self, outputs: Tensor, slot: Slot) -> NDArray[np.float64]:
-        """Per chunk: summed cross entropy, number of chosen tokens, and how many of them the largest logit names."""
+    def score(self, outputs: Outputs, slot: Slot) -> NDArray[np.float64]:
+        """Per chunk: summed cross entropy, number of chosen tokens, and how many of them the largest logit names; with pairs the
+        same of its question."""
+        logits, answers = _apart(outputs)
         table = np.zeros((len(slot.samples), self.columns))
-        if not slot.counts[TERM]:
-            return table
-        labels = slot.targets["labels"].to(outputs.device)
-        losses = functional.cross_entropy(outputs.float(), labels, reduction="none").double().cpu().numpy()
-        correct = (outputs.argmax(dim=-1) == labels).cpu().numpy()
-        np.add.at(table, slot.targets["chunk_of_row"].numpy(), np.column_stack([losses, np.ones(len(losses)), correct]))
+        if slot.counts[TERM]:
+            np.add.at(table[:, :3], slot.targets["chunk_of_row"].numpy(), _scores(logits, slot.targets["labels"]))
+        if answers is not None:
+            asked = slot.targets["pair_labels"] != NO_QUESTION
+            table[asked.numpy()[: len(table)], 3:] = _scores(answers[asked], slot.targets["pair_labels"][asked])
         return table
 
     def summary(self, table: NDArray[np.float64]) -> dict[str, float]:
-        """``loss`` (mean over predictions, in nats), ``perplexity`` and ``accuracy``. CorpusError if nothing was hidden."""
-        loss, predictions, correct = (math.fsum(column) for column in table.T)
-        if not predictions:
-            rule = "nothing in it is to be predicted, so there is no loss to speak of"
-            remedy = "Hold out more text, or set evaluation.every_steps=0."
-            raise CorpusError("the held-out text", f"{len(table)} samples", rule, remedy)
-        mean = loss / predictions
-        return {"loss": mean, "perplexity": math.exp(min(mean, 700.0)), "accuracy": correct / predictions}
+        """``loss`` (mean over predictions, in nats), ``perplexity`` and ``accuracy``; with pairs ``pair_loss`` and
+        ``pair_accuracy``. CorpusError if nothing was hidden, or nothing asked."""
+        rule, remedy = "nothing in it is to be predicted, so there is no loss to speak of", "set evaluation.every_steps=0"
+        loss, accuracy = _means(table[:, :3], rule, remedy)
+        found = {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), "accuracy": accuracy}
+        if self._pairs:
+            rule = f"none of its chunks makes a pair for task.pair={self._pairs.kind}: too short, or no other in their slots"
+            remedy = "raise data.slots.micro_batch_tokens and evaluation.chunks_per_pass"
+            found["pair_loss"], found["pair_accuracy"] = _means(table[:, 3:], rule, remedy)
+        return found
 
     def _masked_at(self, rate: float) -> MaskRule:
         known = self._vocabulary
@@ -142,3 +193,23 @@ class MaskedLanguageModelling:
             starts_word=known.starts_word if self._config.whole_word or self._config.spans else None,
             spans=self._config.spans,
         )
+
+
+def _apart(outputs: Outputs) -> tuple[Tensor, Tensor | None]:
+    return (outputs, None) if isinstance(outputs, Tensor) else outputs
+
+
+def _scores(logits: Tensor, labels: Tensor) -> NDArray[np.float64]:
+    """Cross entropy, 1, and whether the largest logit is that of the label, for each row: [rows, 3]."""
+    labels = labels.to(logits.device)
+    losses = functional.cross_entropy(logits.float(), labels, reduction="none").double()
+    correct = (logits.argmax(dim=-1) == labels).double()
+    return torch.stack([losses, torch.ones_like(losses), correct], dim=1).cpu().numpy()
+
+
+def _means(table: NDArray[np.float64], rule: str, remedy: str) -> tuple[float, float]:
+    """Mean loss and accuracy. Raises CorpusError, with the ``rule`` and the ``remedy``, where nothing was counted."""
+    loss, counted, correct = (math.fsum(column) for column in table.T)
+    if not counted:
+        raise CorpusError("the held-out text", f"{len(table)} samples", rule, f"Hold out more text, or {remedy}")
+    return loss / counted, correct / counted

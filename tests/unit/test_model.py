@@ -425,3 +425,64 @@ def test_a_model_that_reloads_completely_gives_no_warning(tmp_path: Path) -> Non
         warnings.simplefilter("error")
         again = build(ModelConfig(pretrained=str(tmp_path)), TOKENS, seed=9)
     assert all(torch.equal(one, other) for one, other in zip(model.parameters(), again.parameters(), strict=True))
+
+
+# --------------------------------------------------------------------------------------------------------------- pair head
+
+
+def pair_model(architecture: str, layout: Any = "padded", **settings: Any) -> MaskedLanguageModel:
+    return build(config(architecture, layout=layout, **settings), TOKENS, seed=1, pair=True).eval()
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_the_pair_head_reads_the_first_token_whatever_rows_are_asked_for(architecture: str) -> None:
+    """Multiplied by hand."""
+    model, batch = pair_model(architecture), padded_batch()
+    assert model.pair is not None
+    with torch.no_grad():
+        first = model.network.base_model(**batch).last_hidden_state[:, 0]
+        inner = torch.tanh(first @ model.pair.dense.weight.T + model.pair.dense.bias)
+        by_hand = inner @ model.pair.answers.weight.T + model.pair.answers.bias
+        for rows in (None, torch.tensor([41, 1])):
+            logits, answers = model(**batch, rows=rows)
+            torch.testing.assert_close(answers, by_hand, atol=1e-6, rtol=0)
+            torch.testing.assert_close(logits, model_of(architecture)(**batch, rows=rows), atol=0, rtol=0)
+    assert float(by_hand.std()) > 1e-3
+
+
+@pytest.mark.parametrize("architecture", UNPADDED)
+def test_answers_and_gradients_are_the_same_in_both_layouts(architecture: str) -> None:
+    """With token types where there are any, and with blocks that are computed again."""
+    results = []
+    for layout, batch in (("padded", padded_batch()), ("unpadded", unpadded_batch())):
+        model = pair_model(architecture, layout, gradient_checkpointing=layout == "unpadded", dropout=0.0).train()
+        if model.uses_token_types:
+            places = batch.get("position_ids", torch.arange(batch["input_ids"].shape[1]).expand_as(batch["input_ids"]))
+            batch["token_type_ids"] = (places >= 5).to(torch.int64) * (batch["input_ids"] > 0)
+        logits, answers = model(**batch, rows=torch.tensor([1]))
+        (logits.square().sum() + answers.square().sum()).backward()
+        results.append((answers.detach(), {name: weight.grad for name, weight in model.named_parameters()}))
+    torch.testing.assert_close(results[0], results[1], atol=1e-5, rtol=1e-3)
+    assert results[0][0].shape == (len(LENGTHS), 2)
+
+
+def test_without_a_pair_head_a_model_is_what_it_was() -> None:
+    """The names and weights of the one with a head are those, and its own."""
+    plain, paired = model_of("bert"), pair_model("bert")
+    added = {name for name, _ in paired.named_parameters()} - {name for name, _ in plain.named_parameters()}
+    assert added == {f"pair.{layer}.{leaf}" for layer in ("dense", "answers") for leaf in ("weight", "bias")}
+    for name, weight in plain.named_parameters():
+        assert torch.equal(weight, paired.get_parameter(name))
+    assert identity(plain) != identity(paired)
+    assert "pair." in str(difference(describe(plain), describe(paired)))
+    again = rebuild(describe(paired)["hf_config"], dict(paired.named_parameters()))
+    assert identity(again) == identity(plain)
+
+
+@pytest.mark.parametrize(("architecture", "uses"), [("bert", True), *((name, False) for name in ARCHITECTURES[1:])])
+def test_token_types_are_refused_where_there_are_none(architecture: str, uses: bool) -> None:
+    model, batch = pair_model(architecture), padded_batch()
+    assert model.uses_token_types == uses
+    if not uses:
+        with pytest.raises(ModelError, match="token_type_ids"):
+            model(**batch, token_type_ids=batch["attention_mask"])

@@ -13,7 +13,7 @@ from scaletrain.data.plan import Picks
 from scaletrain.data.slots import Dealing, Layout
 from scaletrain.data.spans import SpanConfig
 from scaletrain.data.tokenizer import Vocabulary
-from scaletrain.errors import ConfigError
+from scaletrain.errors import ConfigError, CorpusError
 from scaletrain.tasks import Task
 from scaletrain.tasks.mlm import MaskedLanguageModelling, MlmConfig
 
@@ -186,3 +186,97 @@ def test_settings_that_came_later_are_in_the_identity_where_they_are_set() -> No
     spans = MlmConfig(spans=SpanConfig()).identity()
     assert spans.keys() == first | {"spans"}
     assert spans != MlmConfig(spans=SpanConfig(longest=5)).identity()
+
+
+# ------------------------------------------------------------------------------------------------------------------- pairs
+
+PAIRS = [MlmConfig(pair="sop", pair_weight=0.5), MlmConfig(pair="nsp", pair_weight=0.5, spans=SpanConfig())]
+APART = [50, 3, 25, 30]
+"""Chunks whose numbers are far apart, but for the last."""
+
+
+def paired(config: MlmConfig, layout: Layout = "padded", *, token_types: bool = True) -> MaskedLanguageModelling:
+    return MaskedLanguageModelling(config, VOCABULARY, Dealing(4096, 1, 1, layout), ["train"], 1, token_types)
+
+
+def rows_of(slot: Slot, name: str) -> list[list[int]]:
+    """A tensor of the inputs by document, without padding."""
+    values = slot.inputs[name]
+    if "cu_seqlens" in slot.inputs:
+        return [part.tolist() for part in values[0].split(slot.inputs["cu_seqlens"].diff().tolist())]
+    return [row[ids != 0].tolist() for row, ids in zip(values, slot.inputs["input_ids"], strict=True)]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("config", PAIRS, ids=["sop", "nsp"])
+def test_a_pair_lies_between_its_special_tokens_and_its_types_tell_the_parts_apart(config: MlmConfig, layout: Layout) -> None:
+    slot = slot_of(APART, paired(config, layout))
+    slot.inputs["input_ids"].flatten()[slot.inputs["rows"]] = slot.targets["labels"]  # a view of it: what stood there
+    for row, types, chunk in zip(rows_of(slot, "input_ids"), rows_of(slot, "token_type_ids"), APART, strict=True):
+        between = row.index(102)
+        assert (row[0], row[-1], row.count(102), len(row) <= len(CHUNKS[chunk]) + 2) == (101, 102, 2, True)
+        assert types == [0] * (between + 1) + [1] * (len(row) - between - 1)
+        assert between > 1 and len(row) - between > 2
+    assert slot.counts["pair"] == (slot.targets["pair_labels"] >= 0).sum() == 4
+    assert slot.signature == f"mlm+{config.pair}:{layout}"
+    assert slot.counts.keys() == paired(config).weights.keys() == {"mlm", "pair"}
+    assert slot.real_tokens == sum(map(len, rows_of(slot, "input_ids")))
+
+
+@pytest.mark.parametrize("config", PAIRS, ids=["sop", "nsp"])
+def test_layout_and_token_types_change_nothing_else(config: MlmConfig) -> None:
+    first, *others = [slot_of(APART, paired(config, layout, token_types=types)) for layout in LAYOUTS for types in (True, False)]
+    for other in others:
+        assert hidden(other) == hidden(first)
+        assert rows_of(other, "input_ids") == rows_of(first, "input_ids")
+        assert other.targets["pair_labels"].tolist() == first.targets["pair_labels"].tolist()
+    assert "token_type_ids" not in others[0].inputs
+    assert "token_type_ids" not in slot_of(APART, paired(MlmConfig(), token_types=True)).inputs
+
+
+def test_the_separator_between_the_parts_is_never_hidden() -> None:
+    slot = slot_of(APART, paired(MlmConfig(pair="sop", mask_rate=0.999, whole_word=True)))
+    assert all(row.count(102) == 2 for row in rows_of(slot, "input_ids"))
+    assert 102 not in slot.targets["labels"].tolist()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("chunks", [[], [np.array([110, 111], np.int32)]])
+def test_a_slot_without_a_pair_runs_the_pair_head_for_nothing(chunks: list[np.ndarray], layout: Layout) -> None:
+    slot = paired(PAIRS[0], layout).collate(0, 7, picks(list(range(len(chunks)))), chunks)
+    assert (slot.counts["pair"], slot.targets["pair_labels"].tolist()) == (0, [-100])
+    weight = torch.randn(8, 2, requires_grad=True)
+    terms = paired(PAIRS[0]).terms((torch.zeros(len(slot.inputs["rows"]), 300), torch.ones(1, 8) @ weight), slot)
+    terms["pair"].backward()
+    assert terms["pair"].item() == 0.0
+    assert weight.grad is not None and not weight.grad.any()
+
+
+def test_the_pair_term_is_a_sum_over_the_pairs_and_scores_are_kept_per_sample() -> None:
+    of = paired(PAIRS[0])
+    slot = of.collate(0, 0, picks([7, 8, 9]), [CHUNKS[40], np.array([110], np.int32), CHUNKS[20]])
+    answers = torch.tensor([[3.0, 1.0], [9.0, 9.0], [0.5, 2.0]])
+    outputs = (torch.randn(slot.counts["mlm"], 300), answers)
+    labels = slot.targets["pair_labels"].tolist()
+    each = [float(-torch.log_softmax(answers[row], 0)[labels[row]]) for row in (0, 2)]
+    assert labels[1] == -100
+    assert of.terms(outputs, slot)["pair"].item() == pytest.approx(sum(each), rel=1e-6)
+    assert of.terms(outputs, slot)["mlm"].item() == pytest.approx(of.score(outputs, slot)[:, 0].sum(), rel=1e-6)
+    scores = of.score(outputs, slot)
+    correct = [float(labels[0] == 0), float(labels[2] == 1)]
+    assert scores[:, 3].tolist() == pytest.approx([each[0], 0.0, each[1]], rel=1e-6)
+    assert scores[:, 4:].tolist() == [[1.0, correct[0]], [0.0, 0.0], [1.0, correct[1]]]
+    found = of.summary(scores)
+    assert found["pair_accuracy"] == sum(correct) / 2
+    assert found["pair_loss"] == pytest.approx(sum(each) / 2, rel=1e-6)
+    assert task().summary(scores[:, :3]) == {name: found[name] for name in ("loss", "perplexity", "accuracy")}
+
+
+def test_held_out_text_without_a_pair_is_no_perfect_score() -> None:
+    with pytest.raises(CorpusError, match="none of its chunks makes a pair"):
+        paired(PAIRS[1]).summary(np.array([[1.0, 1.0, 1.0, 0.0, 0.0, 0.0]]))
+
+
+def test_pairs_are_in_the_identity_where_there_are_any() -> None:
+    assert MlmConfig(pair_weight=3.0).identity() == MlmConfig().identity()
+    assert MlmConfig(pair="sop").identity().keys() - MlmConfig().identity().keys() == {"pair", "pair_weight"}
