@@ -119,7 +119,12 @@ def _shards(folder: Path, described: Sequence[Mapping[str, Any]]) -> tuple[list[
 def _missing(shard: Shard) -> str:
     there = _there(shard)
     lost = len(shard.index.records) - len(there)
-    return f"{shard.fault}; {lost} of its {len(shard.index.records)} samples are not there"
+    return f"{_said(shard.fault, shard.file)}; {lost} of its {len(shard.index.records)} samples are not there"
+
+
+def _said(error: CorpusError | None, file: Path) -> str:
+    """An error without the name of the file that it is about, which stands before it."""
+    return str(error).removeprefix(f"{file}: ")
 
 
 def _there(shard: Shard) -> index.Records:
@@ -234,7 +239,7 @@ def _look(tar: Path, index_folder: Path | None) -> _Looked:
         found = known or index.build(tar)
         return _Looked(np.array(found.records), _suffixes(tar), known is not None)
     except CorpusError as error:
-        return _Looked(np.empty(0, index.RECORD), Counter(), False, Fault(str(tar), str(error)))
+        return _Looked(np.empty(0, index.RECORD), Counter(), False, Fault(str(tar), _said(error, tar)))
 
 
 def _suffixes(tar: Path) -> Counter[str]:

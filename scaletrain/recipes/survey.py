@@ -56,7 +56,7 @@ def main(config: SurveyConfig) -> dict[str, Any]:
     speed = survey.bytes_read / 1e9 / max(survey.seconds, 1e-9)
     verified = None
     if survey.bytes_read:
-        verified = f"Every CRC of {survey.bytes_read / 1e9:.3f} GB compared in {survey.seconds:.2f} s, {speed:.2f} GB/s."
+        verified = f"Every CRC of {report.size(survey.bytes_read)} compared in {survey.seconds:.2f} s, {speed:.2f} GB/s."
     record = SurveyRecord(
         name=folder.resolve().name,
         kind=survey.kind,

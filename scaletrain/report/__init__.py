@@ -15,6 +15,7 @@ from scaletrain.report.histogram import bar_lines, by_power, by_width
 from scaletrain.report.lineage import LineageRecord, Summary, Version, lineage_page
 from scaletrain.report.page import render
 from scaletrain.report.run import Ending, Event, FinalTest, Recorded, RunRecord, run_page, spaced
+from scaletrain.report.scale import size
 from scaletrain.report.survey import Part, SurveyRecord, survey_page, written
 
 __all__ = [
@@ -41,6 +42,7 @@ __all__ = [
     "lineage_page",
     "render",
     "run_page",
+    "size",
     "spaced",
     "survey_page",
     "written",
