@@ -58,6 +58,9 @@ def clean(text: str, config: CleanConfig) -> str:
     """The normalised text; cleaning it again (without ``html``) changes nothing."""
     if config.html:
         text = strip_html(text)
+    # Most texts need nothing: what is printable has no control characters, and no white space but the plain one.
+    if text.isprintable() and "  " not in text and text[:1] != " " and text[-1:] != " ":
+        return unicodedata.normalize("NFC", text)
     text = _CONTROL.sub("", text)
     if config.unwrap:
         text = _WRAPPED.sub("", text)

@@ -108,9 +108,11 @@ class Encoder:
         wanted = [number for number, outcome in enumerate(outcomes) if outcome == KEPT]
         tokenise = self._tokenizer.encode_batch_fast if self._cut is None else self._tokenizer.encode_batch  # with offsets
         encodings = tokenise([texts[number] for number in wanted], add_special_tokens=False)
+        ids = np.fromiter(chain.from_iterable(encoding.ids for encoding in encodings), self._dtype)
+        ends = np.cumsum([len(encoding) for encoding in encodings], dtype=np.int64).tolist()
         counts, samples, lengths = [0] * len(documents), [], []
-        for number, encoding in zip(wanted, encodings, strict=True):
-            pieces = self._pieces(texts[number], encoding)
+        for number, encoding, begin, end in zip(wanted, encodings, [0, *ends], ends, strict=False):
+            pieces = self._pieces(texts[number], encoding, ids[begin:end])
             counts[number] = len(pieces)
             if not pieces:
                 outcomes[number] = DROPPED.index("no_tokens")
@@ -126,9 +128,10 @@ class Encoder:
             data=b"".join(samples),
         )
 
-    def _pieces(self, text: str, encoding: tokenizers.Encoding) -> list[Ids]:
+    def _pieces(self, text: str, encoding: tokenizers.Encoding, ids: Ids) -> list[Ids]:
         """The chunks of a document as they are stored."""
-        ids = np.array(encoding.ids, self._dtype)
+        if self._cut is None and 0 < len(ids) <= self.recipe.max_tokens:
+            return [ids]
         rule = self._starts[ids]
         if self._cut is None:
             return list(split(ids, self.recipe.max_tokens, rule))

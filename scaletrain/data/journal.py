@@ -14,14 +14,16 @@ import os
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from io import FileIO
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from scaletrain import durable, outside
 from scaletrain.data.shards import Written, storage, write_json
 from scaletrain.errors import ConfigError, CorpusError
 
 FORMAT = 2
+_WRITE_BYTES = 1 << 20
 LOGS = ("seen.bin", "signatures.bin", "dropped.jsonl")
 _LOCK = ".prepare.lock"
 SPLITS = ("train", "validation")
@@ -47,7 +49,8 @@ class Log:
 
     def __init__(self, file: Path, size: int = 0) -> None:
         self._file, self.size = file, size
-        self._stream: BinaryIO | None = None
+        self._stream: FileIO | None = None
+        self._waiting = bytearray()
 
     def read(self, record_bytes: int) -> Iterator[bytes]:
         """What counts, some whole records at a time."""
@@ -58,28 +61,32 @@ class Log:
 
     def add(self, data: bytes) -> None:
         """Append; durable after ``sync``."""
-        with storage(self._file.parent, len(data)):
-            self._open().write(data)
+        self._waiting += data
         self.size += len(data)
+        if len(self._waiting) >= _WRITE_BYTES:
+            self._write()
 
     def sync(self) -> None:
         """Make durable what was added."""
+        self._write()
         with storage(self._file.parent):
-            stream = self._open()
-            stream.flush()
-            os.fsync(stream.fileno())
+            os.fsync(self._open().fileno())
+
+    def _write(self) -> None:
+        with storage(self._file.parent, len(self._waiting)):
+            while self._waiting:
+                del self._waiting[: self._open().write(self._waiting)]
 
     def close(self) -> None:
-        """A full disk shows once more when a stream is closed; what was not synced does not count."""
-        with suppress(OSError):
-            if self._stream is not None:
-                self._stream.close()
+        """Let go of the file; what was not synced does not count."""
+        if self._stream is not None:
+            self._stream.close()
         self._stream = None
 
-    def _open(self) -> BinaryIO:
+    def _open(self) -> FileIO:
         if self._stream is None:
-            self._stream = open(self._file, "ab", buffering=1 << 20, opener=durable.own)  # noqa: SIM115
-            self._stream.truncate(self.size)  # beyond lies what a kill left unaccounted for
+            self._stream = open(self._file, "ab", buffering=0, opener=durable.own)  # noqa: SIM115
+            self._stream.truncate(self.size - len(self._waiting))  # beyond lies what a kill left unaccounted for
         return self._stream
 
 

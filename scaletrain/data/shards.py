@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import hashlib
 import json
 import os
@@ -67,17 +68,22 @@ def write_json(file: Path, tree: Any) -> None:
 
 def sample(key: str, ids: npt.NDArray[np.integer[Any]]) -> bytes:
     """One chunk as the member ``KEY.npy`` of a tar: header, array (its own dtype, little endian), padding to a block."""
-    data = npy.header(len(ids), ids.dtype.str) + ids.tobytes()
-    return _tar_header(f"{key}.npy", len(data)) + data + bytes(-len(data) % BLOCK)
+    name, array = f"{key}.npy".encode(), npy.header(len(ids), ids.dtype.str)
+    size = len(array) + ids.nbytes
+    before, after, total = _tar_fields(size)
+    checksum = b"%06o\0 " % (total + sum(name))
+    return b"".join((name.ljust(100, b"\0"), before, checksum, after, array, ids.tobytes(), bytes(-size % BLOCK)))
 
 
-def _tar_header(name: str, size: int) -> bytes:
-    """A ustar header of a plain file: mode 644, owner, group and time zero."""
-    fields = f"{size:011o}\0{0:011o}\0".encode()
-    head = name.encode().ljust(100, b"\0") + b"0000644\x000000000\x000000000\x00" + fields
-    tail = b"0".ljust(101, b"\0") + b"ustar\x0000".ljust(72, b"\0") + b"0000000\x000000000\x00"
-    checksum = sum(head) + sum(tail) + 8 * 0x20
-    return (head + f"{checksum:06o}\0 ".encode() + tail).ljust(BLOCK, b"\0")
+@functools.lru_cache(maxsize=8192)
+def _tar_fields(size: int) -> tuple[bytes, bytes, int]:
+    """A ustar header of a plain file without its name: what lies before and after the checksum, and the sum of all.
+
+    Mode 644, owner, group and time zero.
+    """
+    before = b"0000644\x000000000\x000000000\x00" + f"{size:011o}\0{0:011o}\0".encode()
+    after = b"0".ljust(101, b"\0") + b"ustar\x0000".ljust(72, b"\0") + b"0000000\x000000000\x00"
+    return before, after.ljust(BLOCK - 100 - len(before) - 8, b"\0"), sum(before) + sum(after) + 8 * 0x20
 
 
 def crc(data: bytes) -> int:

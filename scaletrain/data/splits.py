@@ -93,7 +93,7 @@ class SplitWriter:
         records: Records = np.frombuffer(encoded.records, RECORD)
         ends = np.cumsum(np.frombuffer(encoded.chunks, "<u4"), dtype=np.int64).tolist()
         width = len(encoded.signatures) // max(encoded.outcomes.count(KEPT), 1)
-        begin = signed = 0
+        first = begin = signed = 0  # samples from ``first`` on wait to be written together
         for number, (outcome, end) in enumerate(zip(encoded.outcomes, ends, strict=True)):
             reason, details = _OUTCOMES[outcome], dict[str, Any]()
             if outcome == KEPT:
@@ -107,12 +107,25 @@ class SplitWriter:
             state.counts[reason] = state.counts.get(reason, 0) + 1
             state.documents += 1
             state.source_hash = next(hashes)
-            if reason == "kept":
-                self._add(data, records[begin:end])
+            if reason != "kept" and end > begin:
+                self._add(data, records[first:begin])
+                first = end
+            elif reason == "kept" and self._chunks + end - first >= self._chunks_per_shard:
+                self._add(data, records[first:end])
+                self._end_shard(done=False)
+                first = end
             begin = end
+        self._add(data, records[first:])
+
+    @property
+    def _chunks(self) -> int:
+        """In the shard that is being written."""
+        return self._shard.chunks if self._shard is not None else 0
 
     def _add(self, data: memoryview, records: Records) -> None:
-        """One document's samples; the shard ends with it when it is large enough."""
+        """Write samples that lie one after the other in ``data``."""
+        if not len(records):
+            return
         if self._shard is None:
             name = f"{self._split}/{len(self._state.shards):06d}"
             self._shard = ShardWriter(self._journal.folder, name)
@@ -120,8 +133,6 @@ class SplitWriter:
         moved = records.copy()
         moved["offset"] -= np.uint64(start)
         self._shard.add(data[start : int(last["offset"]) + int(last["length"])], moved)
-        if self._shard.chunks >= self._chunks_per_shard:
-            self._end_shard(done=False)
 
     def _end_shard(self, *, done: bool) -> None:
         written = self._shard.finish() if self._shard is not None else None

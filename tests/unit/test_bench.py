@@ -272,3 +272,32 @@ def test_padding_and_imbalance_of_a_step_counted_by_hand() -> None:
     assert (unpadded["padding"], unpadded["useful"]) == (0.0, pytest.approx(33 / (2 * 25)))
     assert unpadded["attention"] == pytest.approx((181 + 12) / ((181 + 24) / 2 + 6) - 1)
     assert (padded["rounds"], padded["drift"]) == (2.0, 0.0)
+
+
+def test_the_smoke_run_of_prepare_does_the_same_work_each_way(tmp_path: Path) -> None:
+    done = run(tmp_path, "--smoke", "--work", str(tmp_path), script="prepare")
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout.splitlines()[-1])
+    row = json.loads(done.stdout.splitlines()[-2])
+    assert len({row[way]["tokens"] for way in ("raw", "one", "two", "parts", "minhash")}) == 1
+    assert [check["target"] for check in result["checks"].values()] == [">= 0.85", ">= 1.7", "<= 1.25"]
+    assert all(row[way]["cpu_s"] > row[way]["own_cpu_s"] > 0 for way in ("one", "two", "parts", "minhash"))
+    assert 800 < result["table"]["index"]["bytes_per_document"] < 4000
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_ratios_of_prepare_are_per_second_of_the_processor_and_of_the_clock() -> None:
+    """A round of 1,000 tokens: 10 s of one core for the tokeniser, 12.5 s for all of prepare, which two processes halve."""
+    row = {"tokens": 1000, "own_cpu_s": 1.0}
+    seconds = {"raw": (10.0, 10.0), "one": (12.0, 12.5), "two": (6.0, 13.0), "parts": (14.0, 15.0), "minhash": (20.0, 25.0)}
+    rounds = [{way: {**row, "wall_s": wall, "cpu_s": cpu} for way, (wall, cpu) in seconds.items()}]
+    bench = module("prepare")
+    assert [check["value"] for check in bench.checks(rounds).values()] == [0.8, 2.0, 1.2]
+    assert bench.table(rounds)["processor time, minhash / exact"] == 2.0
+    assert bench.table(rounds)["raw"]["tokens_per_cpu_s"] == 100
+
+
+def test_without_the_text_the_full_run_of_prepare_says_where_it_looked(tmp_path: Path) -> None:
+    done = run(tmp_path, script="prepare")
+    assert (done.returncode, done.stdout) == (65, "")
+    assert done.stderr.startswith(f"error: SCALETRAIN_DATA: got '{tmp_path}/standard_ebooks/train.txt.gz'; no such file")

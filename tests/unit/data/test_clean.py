@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import sys
+import unicodedata
+
 import pytest
 
-from scaletrain.data.clean import CleanConfig, clean, dropped, share, strip_html, text_hash
+from scaletrain.data.clean import _CONTROL, CleanConfig, clean, dropped, share, strip_html, text_hash
 from scaletrain.errors import ConfigError
 
 PLAIN = CleanConfig()
@@ -78,3 +81,18 @@ def test_a_share_depends_on_text_purpose_and_seed_and_is_uniform() -> None:
 
 def shares_again() -> float:
     return share(text_hash("a"), "validation", 0)
+
+
+def test_what_is_printable_needs_no_rule_for_characters() -> None:
+    """The shortcut for such texts, for every character of Unicode: none is removed, and the blank alone is white space."""
+    printable = "".join(char for char in map(chr, range(sys.maxunicode + 1)) if char.isprintable())
+    assert len(printable) > 100_000
+    assert _CONTROL.sub("", printable) == printable
+    assert [char for char in printable if char.isspace()] == [" "]
+
+
+@pytest.mark.parametrize("lines", [False, True])
+@pytest.mark.parametrize("text", ["", " ", "a b", " a", "a ", "a  b", "   ", "e\u0301 a", "a  e\u0301"])
+def test_the_shortcut_for_printable_texts_gives_what_the_rules_give(text: str, lines: bool) -> None:
+    expected = unicodedata.normalize("NFC", " ".join(text.split()))
+    assert clean(text, CleanConfig(keep_lines=lines)) == expected
