@@ -116,6 +116,8 @@ def _spans(stored: I64, hideable: NDArray[np.bool_], lengths: NDArray[Any], keys
     starts = np.ones(len(stored), np.bool_) if rule.starts_word is None else words.starts(stored, rule.starts_word)
     starts[(ends - lengths)[lengths > 0]] = True
     first = np.flatnonzero(starts)
-    of_chunks = Words(np.diff(np.searchsorted(first, ends), prepend=0), np.add.reduceat(hideable, first, dtype=np.int64))
-    span = np.repeat(spans.choose(of_chunks, keys, rule.rate, rule.spans), np.diff(first, append=len(stored)))
+    sizes = np.diff(first, append=len(stored))
+    special = np.bincount(np.searchsorted(first, np.flatnonzero(~hideable), "right") - 1, minlength=len(first))
+    of_chunks = Words(np.diff(np.searchsorted(first, ends), prepend=0), sizes - special)
+    span = np.repeat(spans.choose(of_chunks, keys, rule.rate, rule.spans), sizes)
     return np.where(hideable, span, -1)

@@ -58,7 +58,7 @@ def choose(words: Words, keys: keyed.U64, rate: float, config: SpanConfig) -> I6
     tokens = np.bincount(chunk, words.sizes, len(keys))
     budgets = np.floor(rate * tokens + keyed.uniform(keyed.derive(keys, _ROUNDING), 0)).astype(np.int64)
     # Twice as many again where the candidates did not do: those before them, and what follows from them, stay as they were.
-    candidates = np.where(budgets > 0, budgets // 3 + 4, 0)
+    candidates = np.where(budgets > 0, budgets // 3 + 8, 0)
     while True:
         spans, spent = _spend(words, budgets, candidates, keys, config)
         short = spent < budgets
@@ -73,8 +73,9 @@ def _spend(words: Words, budgets: I64, candidates: I64, keys: keyed.U64, config:
     owner = np.repeat(np.arange(len(keys)), candidates)
     number = np.arange(len(owner)) - before[owner]
     begins = np.cumsum(words.in_chunk) - words.in_chunk
-    first = begins[owner] + (keyed.uniform(keyed.derive(keys, _START)[owner], number) * words.in_chunk[owner]).astype(np.int64)
-    drawn = np.searchsorted(np.cumsum(config.law())[:-1], keyed.uniform(keyed.derive(keys, _LENGTH)[owner], number), side="right")
+    starts, stops = (keyed.number(keyed.derive_at(keyed.derive(keys, draw)[owner], number)) for draw in (_START, _LENGTH))
+    first = begins[owner] + (starts * words.in_chunk[owner]).astype(np.int64)
+    drawn = np.searchsorted(np.cumsum(config.law())[:-1], stops, side="right")
     lengths = np.minimum(drawn + 1, (begins + words.in_chunk)[owner] - first)
 
     cover = _cover(first, lengths, len(words.sizes))

@@ -146,6 +146,12 @@ class Corpora:
         return tokens / sum(samples) + SPECIAL_TOKENS
 
     def task(self, config: MlmConfig, seed: int, *, token_types: bool) -> MaskedLanguageModelling:
+        """Raises ConfigError where the second part of a pair comes from another chunk of a slot, and slots hold one."""
+        two = 2 * (max(dataset.max_tokens for dataset in self.datasets) + SPECIAL_TOKENS)
+        if config.pair == "nsp" and self.dealing.micro_batch_tokens < two:
+            rule = f"task.pair=nsp takes parts of other chunks in the slot, and two of the longest take {two}"
+            remedy = f"Set it to at least {two}, better several times that, or take task.pair=sop"
+            raise ConfigError("data.slots.micro_batch_tokens", self.dealing.micro_batch_tokens, rule, remedy)
         digests = [dataset.digest for dataset in self.datasets]
         return MaskedLanguageModelling(config, self.vocabulary, self.dealing, digests, seed, token_types)
 

@@ -137,6 +137,11 @@ def test_a_setting_that_cannot_be_read_ends_before_the_run_folder_is_made(
             "Use a model of at least 48, or prepare the data with max_tokens of at most 38",
         ),
         (
+            ["data.slots.micro_batch_tokens=90", "task.pair=nsp"],
+            "data.slots.micro_batch_tokens: got 90; task.pair=nsp takes parts of other chunks in the slot, and two of the longest "
+            "take 96. Set it to at least 96, better several times that, or take task.pair=sop",
+        ),
+        (
             ["data.slots.micro_batch_tokens=40"],
             "slots.micro_batch_tokens: got 40; the longest chunk takes 48 tokens, special tokens included, and a slot must "
             "hold it. Set it to at least 48, or prepare the data with a smaller max_tokens",
