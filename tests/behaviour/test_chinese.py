@@ -23,6 +23,7 @@ from scaletrain.data.slots import Dealing
 from scaletrain.data.survey import check, stretches
 from scaletrain.data.tokenizer import Vocabulary
 from scaletrain.errors import ConfigError
+from scaletrain.recipes.corpora import Corpora, DataConfig
 from scaletrain.tasks.mlm import MaskedLanguageModelling, MlmConfig
 
 PARAGRAPHS = [
@@ -174,6 +175,29 @@ def test_words_are_hidden_whole_and_never_in_part(prepared: Path, unsegmented: P
     assert whole > 500 and part == 0
     assert parts(hidden_characters(unsegmented, whole_word=True))[1] > 500  # the vocabulary alone knows only characters
     assert parts(hidden_characters(prepared, whole_word=False))[1] > 500
+
+
+def test_a_run_and_its_evaluation_mask_by_the_marks(prepared: Path) -> None:
+    """What their loaders give is what the task makes of the chunks as they are stored, and not of plain ids."""
+    data = config.decode(DataConfig, {"corpora": [{"path": str(prepared)}], "chunks_per_step": 16})
+    corpora = Corpora(data, 2, 1, "padded", None)
+    task = corpora.task(MlmConfig(whole_word=True), 1, token_types=False)
+    held_out = corpora.held_out(64)
+    evaluation, seen = held_out.task(task), 0
+    for loader, by, dataset in (
+        (corpora.loader(task), task, Dataset.open(prepared)),
+        (held_out.loader(evaluation), evaluation, Dataset.open(prepared, "validation")),
+    ):
+        with loader:
+            slots = [slot for batch in loader.batches() for slot in batch.slots if len(slot.samples)]
+        for slot in slots:
+            numbers = slot.samples.chunk.tolist()
+            expected = by.collate(slot.step, slot.index, slot.samples, [dataset.stored(number) for number in numbers])
+            unmarked = by.collate(slot.step, slot.index, slot.samples, [dataset.read(number) for number in numbers])
+            assert slot.inputs["input_ids"].tolist() == expected.inputs["input_ids"].tolist()
+            assert slot.inputs["input_ids"].tolist() != unmarked.inputs["input_ids"].tolist()
+            seen += len(numbers)
+    assert seen == 32 + Dataset.open(prepared, "validation").chunks
 
 
 def test_prepare_without_the_library_says_what_to_install(
