@@ -138,8 +138,8 @@ def test_a_setting_that_cannot_be_read_ends_before_the_run_folder_is_made(
         ),
         (
             ["data.slots.micro_batch_tokens=90", "task.pair=nsp"],
-            "data.slots.micro_batch_tokens: got 90; task.pair=nsp takes parts of other chunks in the slot, and two of the longest "
-            "take 96. Set it to at least 96, better several times that, or take task.pair=sop",
+            "data.slots.micro_batch_tokens: got 90; task.pair=nsp takes parts of other chunks in the slot, and two of the "
+            "longest take 96. Set it to at least 96, better several times that, or take task.pair=sop",
         ),
         (
             ["data.slots.micro_batch_tokens=40"],
