@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import os
 import time
+import warnings
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -20,6 +21,7 @@ from scaletrain.data import index, urls
 from scaletrain.data.cache import Cache, CacheConfig
 from scaletrain.data.dataset import Dataset, check_manifest, read_manifest
 from scaletrain.data.files import Files
+from scaletrain.data.plan import OrderConfig
 from scaletrain.errors import CorpusError, StorageError
 
 _OPEN_MAX = 4
@@ -48,6 +50,22 @@ class Folders:
         folder, manifest = self._mirrored(path)
         assert self._cache is not None
         return Dataset.open(folder, split, tolerant=tolerant, files=Fetched(folder, path, manifest, self._cache))
+
+    def check_room(self, order: OrderConfig) -> None:
+        """Warns where the shards that an order reads from at the same time do not fit into the cache together."""
+        shards = [shard for _, manifest in self._manifests.values() for shard in manifest["splits"]["train"]["shards"]]
+        if not shards:
+            return
+        chunks = sum(shard["chunks"] for shard in shards) / len(shards)
+        share = 1.0 if order.block == 1 else min(order.window * (1 + order.block / chunks) / len(shards), 1.0)
+        needed_gb = share * sum(shard["bytes"] for shard in shards) / 1e9
+        if needed_gb > self._config.size_gb:
+            said = f"data.order mixes chunks of about {needed_gb:.3g} GB of shards that lie elsewhere"
+            remedy = f"Make room for them, or set data.order.block={chunks:.0f} (a shard) with a small data.order.window"
+            warnings.warn(
+                f"data.cache.size_gb: got {self._config.size_gb:g}; {said}, which are fetched again and again. {remedy}",
+                stacklevel=2,
+            )
 
     def _mirrored(self, url: str) -> tuple[Path, dict[str, Any]]:
         """The folder of this machine with everything but the shards, and its manifest."""

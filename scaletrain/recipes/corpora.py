@@ -90,6 +90,8 @@ class Corpora:
         self._datasets = {path: self._folders.open(path, tolerant=True) for path in _paths(config)}
         for dataset in self._datasets.values():
             _check_damage(dataset, config.damage)
+        if dist.rank() == 0:
+            self._folders.check_room(config.order)
         by_path = self._datasets
         self.tokenizer_folder, self.vocabulary = _shared_tokenizer(list(by_path.values()))
         self.plan = Plan(seed, _phases(config, steps, by_path), config.order)

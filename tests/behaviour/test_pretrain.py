@@ -136,7 +136,7 @@ def test_a_held_out_text_without_a_masked_token_is_no_perfect_score(prepared: Pa
 
 def unreadable(tree: dict[str, Any]) -> None:
     """Rank 1 cannot read its data in the third step."""
-    read = Dataset.read
+    read = Dataset.stored
 
     def refuse(self: Dataset, chunk: int) -> Any:
         if dist.rank() == 1 and threading.current_thread() is threading.main_thread():
@@ -146,17 +146,17 @@ def unreadable(tree: dict[str, Any]) -> None:
         return read(self, chunk)
 
     refuse.calls = 0  # type: ignore[attr-defined]
-    Dataset.read = refuse  # type: ignore[method-assign]  # in a process of its own
+    Dataset.stored = refuse  # type: ignore[method-assign]  # in a process of its own
     pretrain.main(decode(pretrain.Config, tree))
 
 
 def test_data_that_one_rank_cannot_read_ends_all_ranks_with_its_exit_code(prepared: Path, tmp_path: Path) -> None:
     data = tiny.settings(prepared, tmp_path)["data"] | {"loader": {"workers": 0}}
     well, ill = ranks.attempt(unreadable, 2, {"tree": tiny.settings(prepared, tmp_path / "run", data=data)}, timeout_s=60)
-    assert (ill["type"], ill["exit_code"]) == ("CorpusError", 65)
-    assert well["exit_code"] == 65
-    assert "rank 1: CorpusError: shard: got 'damaged'" in well["error"]
-    assert json.loads((tmp_path / "run" / "exit.json").read_text())["code"] == 65
+    assert (ill["type"], ill["exit_code"]) == ("DataBudgetError", 66)
+    assert well["exit_code"] == 66
+    assert "rank 1: DataBudgetError: " in well["error"] and "in its place: shard: got 'damaged'" in well["error"]
+    assert json.loads((tmp_path / "run" / "exit.json").read_text())["code"] == 66
 
 
 def test_the_resolved_settings_in_the_run_folder_rerun_the_run(prepared: Path, tmp_path: Path) -> None:

@@ -67,7 +67,7 @@ def run(tree: dict[str, Any], log: str, die_before: int | None = None, stall: di
 
 
 def _stall(stall: dict[str, float]) -> None:
-    read, reads = Dataset.read, []
+    read, reads = Dataset.stored, []
 
     def slow(self: Dataset, chunk: int) -> Any:
         if chunk == stall["chunk"] and len(reads) < stall["reads"]:
@@ -75,7 +75,7 @@ def _stall(stall: dict[str, float]) -> None:
             time.sleep(stall["seconds"])
         return read(self, chunk)
 
-    Dataset.read = slow  # type: ignore[method-assign]  # in a process of its own
+    Dataset.stored = slow  # type: ignore[method-assign]  # in a process of its own
 
 
 def received(log: Path) -> list[list[Any]]:
