@@ -201,7 +201,7 @@ def evaluations(recorded: Recorded) -> list[Chart]:
     shares = {
         name: points
         for name, points in recorded.scores.items()
-        if name != "loss" and all(0 <= value <= 1 or math.isnan(value) for _, value in points)
+        if name not in LOWER_IS_BETTER and all(0 <= value <= 1 or math.isnan(value) for _, value in points)
     }
     charts = []
     if len(shares) > 1:

@@ -152,6 +152,8 @@ def test_shares_among_the_scores_have_one_chart_and_all_others_one_each() -> Non
     scores = {name: [(1.0, value)] for name, value in (("loss", 0.5), ("accuracy", 0.9), ("macro_f1", 0.8), ("perplexity", 8.0))}
     assert titles(evaluations(recorded(scores=scores))) == {"Scores": ["accuracy", "macro f1"], "Perplexity": ["perplexity"]}
     assert titles(evaluations(recorded())) == {"Accuracy": ["accuracy"]}
+    scores = {"accuracy": [(1.0, 0.5)], "pair_accuracy": [(1.0, 0.5)], "pair_loss": [(1.0, 0.69)]}
+    assert titles(evaluations(recorded(scores=scores))) == {"Scores": ["accuracy", "pair accuracy"], "Pair loss": ["pair loss"]}
 
 
 def test_pace_has_throughput_and_what_was_wasted_and_mfu_only_where_it_is_known() -> None:
