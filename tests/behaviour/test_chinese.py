@@ -14,8 +14,9 @@ import pytest
 import rjieba
 
 from scaletrain import config
-from scaletrain.data import index
+from scaletrain.data import index, words
 from scaletrain.data.dataset import AsStored, Dataset, read_manifest
+from scaletrain.data.parts import Part, merge, prepare_part
 from scaletrain.data.plan import Picks
 from scaletrain.data.prepare import PrepareConfig, prepare
 from scaletrain.data.prepare import settings as described
@@ -121,10 +122,19 @@ def test_the_bytes_do_not_depend_on_the_processes(prepared: Path, settings: Call
     assert read_manifest(tmp_path / "two") == read_manifest(prepared)
 
 
+def test_the_bytes_do_not_depend_on_the_parts(prepared: Path, settings: Callable[..., PrepareConfig], tmp_path: Path) -> None:
+    for number in (1, 2):
+        prepare_part(settings(tmp_path / "parts"), Part(number, 2))
+    merge(settings(tmp_path / "parts"))
+    assert read_manifest(tmp_path / "parts") == read_manifest(prepared)
+
+
 def test_chunks_begin_with_a_word_and_after_a_sentence_if_one_ended_near(prepared: Path) -> None:
     from transformers import AutoTokenizer
 
     data, loaded = Dataset.open(prepared), AutoTokenizer.from_pretrained(prepared / "tokenizer")
+    rule = Vocabulary.open(prepared / "tokenizer").starts_word
+    assert all(words.starts(data.stored(chunk), rule)[0] for chunk in range(data.chunks))
     texts = ["".join(loaded.convert_ids_to_tokens(data.read(chunk).tolist())) for chunk in range(data.chunks)]
     whole = [text for text, key in zip(texts, map(data.key, range(data.chunks)), strict=True) if key.endswith("0000")]
     assert sum(text[-1] in "。!?”" for text in whole) > 0.3 * len(whole)
@@ -137,12 +147,12 @@ def test_no_document_of_ordinary_text_has_an_unknown_character(prepared: Path) -
 
 
 def hidden_characters(folder: Path, whole_word: bool) -> list[tuple[str, list[bool]]]:
-    """Text and hidden characters of every chunk, by way of the task: one token is one character but for Latin words."""
+    """Text and hidden characters of every document, by way of the task: one token is one character but for Latin words."""
     data = Dataset.open(folder)
     vocabulary, stored = Vocabulary.open(folder / "tokenizer"), AsStored(data)
     settings = MlmConfig(whole_word=whole_word, masked_share=1.0, random_share=0.0, mask_rate=0.3)
     task = MaskedLanguageModelling(settings, vocabulary, Dealing(4096, 1, 1, "padded"), [data.digest], 3)
-    found = []
+    found: dict[str, tuple[str, list[bool]]] = {}
     tokens = json.loads((folder / "tokenizer" / "tokenizer.json").read_text(encoding="utf-8"))["model"]["vocab"]
     names = {number: token.removeprefix("##") for token, number in tokens.items()}
     for chunk in range(data.chunks):
@@ -153,8 +163,10 @@ def hidden_characters(folder: Path, whole_word: bool) -> list[tuple[str, list[bo
         masked = [token == vocabulary.mask for token in row.tolist()]
         np.testing.assert_array_equal(np.where(masked, ids, row.numpy()), ids)
         pairs = [(names[token], hide) for token, hide in zip(ids.tolist(), masked, strict=True)]
-        found.append(("".join(name for name, _ in pairs), [hide for name, hide in pairs for _ in name]))
-    return found
+        text, hidden = found.get(data.key(chunk)[:9], ("", []))
+        hidden = hidden + [hide for name, hide in pairs for _ in name]
+        found[data.key(chunk)[:9]] = (text + "".join(name for name, _ in pairs), hidden)
+    return list(found.values())
 
 
 def parts(chunks: list[tuple[str, list[bool]]]) -> tuple[int, int]:

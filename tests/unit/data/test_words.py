@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -11,9 +13,10 @@ import rjieba
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scaletrain.data import npy, tokenizer, words
+from scaletrain.data import index, npy, tokenizer, words
+from scaletrain.data.clean import CleanConfig
 from scaletrain.data.collate import Frame, arrange
-from scaletrain.data.encode import split
+from scaletrain.data.encode import Batch, Encoder, Recipe, split
 from scaletrain.data.masking import MaskRule, mask
 from scaletrain.data.tokenizer import ByteLevelConfig, WordPieceConfig
 from scaletrain.errors import ConfigError, ScaletrainError
@@ -52,7 +55,7 @@ def groups(folder: Path, text: str) -> list[tuple[int, int]]:
     return found
 
 
-@pytest.mark.parametrize("text", TEXTS)
+@pytest.mark.parametrize("text", TEXTS, ids=["mixed", "scripts", "chinese"])
 def test_no_word_of_the_segmenter_is_divided(folder: Path, text: str) -> None:
     """Every word lies in one group, whatever the tokens are."""
     at, together = 0, groups(folder, text)
@@ -130,6 +133,32 @@ def test_a_marked_id_never_reaches_a_model(stored: list[int]) -> None:
     if chunk.min() < 0:
         with pytest.raises(ScaletrainError, match="a model reads ids from 0"):
             arrange(chunk, lengths, Frame(2, 3, 0))
+
+
+@pytest.mark.parametrize(("entries", "dtype"), [(1 << 15, "<i2"), ((1 << 15) + 1, "<i4")])
+@pytest.mark.parametrize("folder", ["wordpiece"], indirect=True)
+def test_integers_are_as_wide_as_the_largest_id_and_its_mark_need(folder: Path, tmp_path: Path, entries: int, dtype: str) -> None:
+    """The last id of a vocabulary, inside a word."""
+    shutil.copytree(folder, tmp_path / "large")
+    tree = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    vocabulary = tree["model"]["vocab"]
+    vocabulary |= {f"[filler {number}]": number for number in range(len(vocabulary), entries - 1)} | {"鑫": entries - 1}
+    (tmp_path / "large" / "tokenizer.json").write_text(json.dumps(tree), encoding="utf-8")
+    recipe = Recipe(
+        tokenizer=str(tmp_path / "large"),
+        max_tokens=32,
+        clean=CleanConfig(),
+        held_out=0,
+        seed=0,
+        validation=False,
+        segmenter="jieba",
+    )
+    encoded = Encoder(recipe).encode(Batch(0, ["我们金鑫"])).data  # jieba: 我们 / 金鑫
+    member = next(index.members(lambda at, count: encoded[at : at + count], len(encoded), ""))
+    array = encoded[member.data : member.data + member.size]
+    assert f"'descr': '{dtype}'".encode() in array
+    assert npy.decode(array).tolist()[-1] == -entries
+    assert words.plain(npy.decode(array)).tolist()[-1] == entries - 1
 
 
 def test_masks_follow_the_marks_and_not_the_vocabulary() -> None:
