@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import signal
@@ -25,6 +26,7 @@ from scaletrain.errors import ConfigError, CorpusError
 from tests import preparing
 from tests.preparing import contents, descendants, fails, run_cli, wait_until_gone
 
+ROOT = Path(__file__).resolve().parents[2]
 SMALL = {"scaletrain.data.batches._BATCH_DOCUMENTS": 13, "scaletrain.data.parts._PIECE_BYTES": 40_000}
 """Many batches and pieces of a small corpus."""
 SMALL_CLI = """
@@ -239,6 +241,25 @@ def test_fresh_repeats_one_part_or_the_merge(
     assert contents(tmp_path / "out") == prepared
     prepare(made, fresh=True)
     assert contents(tmp_path / "out") == prepared
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        ({"SLURM_ARRAY_TASK_ID": "3", "SLURM_ARRAY_TASK_COUNT": "8"}, ["--part", "3/8"]),
+        ({"SLURM_ARRAY_TASK_ID": "3", "SLURM_ARRAY_TASK_COUNT": "2", "PARTS": "8"}, ["--part", "3/8"]),
+        ({}, ["--merge"]),
+    ],
+    ids=["a job of an array", "some jobs again", "no array"],
+)
+def test_the_slurm_script_runs_its_part_or_the_merge(tmp_path: Path, environment: dict[str, str], expected: list[str]) -> None:
+    python = tmp_path / "python"
+    python.write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
+    python.chmod(0o755)
+    script = ROOT / "launch" / "prepare.slurm.sbatch"
+    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", **environment}
+    done = subprocess.run([script, "x y.yaml", "seed=1"], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == ["-m", "scaletrain", "prepare", "--config", "x y.yaml", *expected, "seed=1"]
 
 
 # --------------------------------------------------------------------------------------------------------------- what is refused

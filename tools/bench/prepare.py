@@ -5,8 +5,8 @@
     python tools/bench/prepare.py [--rounds N] [--work DIR] [--smoke]
 
 The text is the training part of Standard Ebooks, under SCALETRAIN_DATA (default: ../shared/data), one paragraph a document;
-with ``--smoke`` the text that ships inside Python, in which case the figures say little. Every round does each of these in turn,
-with a WordPiece vocabulary that was learned before:
+with ``--smoke`` a little text that is made up, and the figures say nothing. Every round does each of these in turn, with a
+WordPiece vocabulary that was learned before:
 
 - raw: ``tokenizers``' ``encode_batch`` on the clean texts, which lie in memory, on one thread; nothing is kept
 - one: ``prepare`` with one process: reading, cleaning, tokenising, exact duplicates, shards, indexes and report
@@ -26,9 +26,11 @@ import argparse
 import json
 import os
 import platform
+import random
 import resource
 import shutil
 import statistics
+import string
 import sys
 import tempfile
 import time
@@ -66,12 +68,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--work", type=Path, metavar="DIR", help="where the shards go (0.4 GB); default: the temporary folder")
     parser.add_argument("--smoke", action="store_true", help="does it still run?")
     options = parser.parse_args(argv)
-    source = {"name": "stdlib"} if options.smoke else standard_ebooks()
-    if source is None:
+    file = None if options.smoke else standard_ebooks()
+    if file is not None and not file.exists():
+        print(f"error: SCALETRAIN_DATA: got {str(file)!r}; no such file. Set it to the folder of the data sets", file=sys.stderr)
         return 65
     load_before = os.getloadavg()[0]
     with tempfile.TemporaryDirectory(prefix="scaletrain-bench-", dir=options.work) as work:
-        bench = Bench(Path(work), source)
+        bench = Bench(Path(work), file or made_up(Path(work)))
         rounds = []
         for number in range(1 if options.smoke else options.rounds + 1):
             rounds.append({way: bench.measure(way) for way in WAYS})
@@ -85,20 +88,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def standard_ebooks() -> dict[str, Any] | None:
-    """The source, or None with a message where the file is not there."""
-    file = Path(os.environ.get("SCALETRAIN_DATA", ROOT.parent / "shared" / "data")) / "standard_ebooks" / "train.txt.gz"
-    if not file.exists():
-        print(f"error: SCALETRAIN_DATA: got {str(file)!r}; no such file. Set it to the folder of the data sets", file=sys.stderr)
-        return None
-    return {"name": "text", "paths": [str(file)], "document": "line"}
+def standard_ebooks() -> Path:
+    """The text, one paragraph a line."""
+    data = os.environ.get("SCALETRAIN_DATA", ROOT.parent / "shared" / "data")
+    return Path(data) / "standard_ebooks" / "train.txt.gz"
+
+
+def made_up(work: Path) -> Path:
+    """A little text of the same form."""
+    draw = random.Random(0)
+    words = ["".join(draw.choices(string.ascii_lowercase, k=draw.randint(2, 9))) for _ in range(3000)]
+    (work / "text.txt").write_text("\n".join(" ".join(draw.choices(words, k=draw.randint(5, 200))) for _ in range(2000)))
+    return work / "text.txt"
 
 
 class Bench:
     """A corpus, a tokenizer for it, and the ways to deal with it."""
 
-    def __init__(self, work: Path, source: Mapping[str, Any]) -> None:
-        self._work, self._source = work, dict(source)
+    def __init__(self, work: Path, file: Path) -> None:
+        """``file`` has one document a line."""
+        self._work, self._source = work, {"name": "text", "paths": [str(file)], "document": "line"}
         learned = self._settings("learned", tokenizer={"name": "wordpiece", "vocab_size": VOCABULARY}, processes=2)
         self._tokens = prepare(learned)["splits"]["train"]["tokens"]
         texts = (clean(document, CLEAN) for document in learned.source.documents())
