@@ -21,7 +21,7 @@ import numpy.typing as npt
 from pydantic import Field
 
 from scaletrain.data.journal import Log
-from scaletrain.errors import ConfigError
+from scaletrain.errors import ConfigError, CorpusError
 
 if TYPE_CHECKING:
     from datasketch import MinHash
@@ -104,7 +104,9 @@ class Signer:
     def sign(self, text: str) -> bytes:
         """The signature of a text: ``permutations`` u32."""
         made: MinHash = self._empty.copy()
-        hashes = np.unique(shingles(text, self._config.shingles, self._config.shingle_size))
+        hashes = shingles(text, self._config.shingles, self._config.shingle_size)
+        if len(hashes) > _AT_ONCE:  # a set; in a short text, repeats cost less than looking for them
+            hashes = np.unique(hashes)
         for at in range(0, len(hashes), _AT_ONCE):  # the library needs 4 bytes for each of them and each permutation
             made.update_batch(hashes[at : at + _AT_ONCE].tolist())
         return np.asarray(made.hashvalues, "<u4").tobytes()
@@ -136,7 +138,7 @@ class NearDuplicates:
     """The signatures of the documents that stayed, and where to look for those that agree with a new one."""
 
     def __init__(self, config: MinHashConfig, splits: Sequence[str], log: Log) -> None:
-        """Takes up what ``log`` has of an interrupted run. Raises StorageError."""
+        """Takes up what ``log`` has of an interrupted run. Raises CorpusError when that is something else."""
         self._threshold, self._splits, self._log = config.threshold, tuple(splits), log
         self._bands, self._rows = bands(config)
         # The library's own index has a set for every bucket: 3 kB a document, where these have 0.9.
@@ -146,6 +148,9 @@ class NearDuplicates:
         self._stored: list[Any] = []  # blocks of records, so that growing copies nothing
         self._count = 0
         for data in log.read(self._record.itemsize) if log.size else ():
+            if len(data) % self._record.itemsize or any(np.frombuffer(data, self._record)["split"] >= len(self._splits)):
+                rule = "it holds the signatures of an interrupted prepare"
+                raise CorpusError(str(log.file), "another content", rule, "Prepare again with --fresh")
             for record in np.frombuffer(data, self._record):
                 self._store(record, self._keys(record["signature"]))
 

@@ -48,14 +48,14 @@ class Log:
     """A file that grows; what lies beyond the size that the journal remembers does not count. Methods raise StorageError."""
 
     def __init__(self, file: Path, size: int = 0) -> None:
-        self._file, self.size = file, size
+        self.file, self.size = file, size
         self._stream: FileIO | None = None
         self._waiting = bytearray()
 
     def read(self, record_bytes: int) -> Iterator[bytes]:
         """What counts, some whole records at a time."""
         at_once = max((1 << 24) // record_bytes, 1) * record_bytes
-        with self._file.open("rb") as stream:
+        with self.file.open("rb") as stream:
             for at in range(0, self.size, at_once):
                 yield stream.read(min(at_once, self.size - at))
 
@@ -69,11 +69,11 @@ class Log:
     def sync(self) -> None:
         """Make durable what was added."""
         self._write()
-        with storage(self._file.parent):
+        with storage(self.file.parent):
             os.fsync(self._open().fileno())
 
     def _write(self) -> None:
-        with storage(self._file.parent, len(self._waiting)):
+        with storage(self.file.parent, len(self._waiting)):
             while self._waiting:
                 del self._waiting[: self._open().write(self._waiting)]
 
@@ -85,7 +85,7 @@ class Log:
 
     def _open(self) -> FileIO:
         if self._stream is None:
-            self._stream = open(self._file, "ab", buffering=0, opener=durable.own)  # noqa: SIM115
+            self._stream = open(self.file, "ab", buffering=0, opener=durable.own)  # noqa: SIM115
             self._stream.truncate(self.size - len(self._waiting))  # beyond lies what a kill left unaccounted for
         return self._stream
 

@@ -21,7 +21,7 @@ from scaletrain.data.journal import Log
 from scaletrain.data.parts import Part, merge, prepare_part
 from scaletrain.data.prepare import PrepareConfig, prepare
 from scaletrain.data.shards import ShardWriter
-from scaletrain.errors import ConfigError
+from scaletrain.errors import ConfigError, CorpusError
 from scaletrain.recipes.prepare import summary
 from tests.preparing import contents
 
@@ -195,6 +195,17 @@ def test_signatures_estimate_the_similarity(kind: Any, size: int) -> None:
         )
 
 
+def test_the_signature_of_a_long_text_is_that_of_its_set_of_shingles() -> None:
+    """More than are hashed at once, with repeats: the least value of each permutation over all parts of the text."""
+    signer = Signer(MinHashConfig())
+    halves = ["".join(text(number) for number in range(first, first + 12)) for first in (0, 12)]
+    whole = halves[0] + halves[1] + halves[0]
+    pieces = [*halves, halves[0][-4:] + halves[1][:4], halves[1][-4:] + halves[0][:4]]
+    least = np.min([np.frombuffer(signer.sign(piece), "<u4") for piece in pieces], axis=0)
+    assert len(whole) > 3 * 4096
+    assert signer.sign(whole) == least.tobytes()
+
+
 def test_shingles_are_equal_exactly_when_the_runs_are() -> None:
     one = "".join(text(number, kind) for number, kind in ((1, "words"), (2, "chinese"), (3, "words")))
     runs = [one[at : at + 5] for at in range(len(one) - 4)]
@@ -243,6 +254,13 @@ def test_the_most_similar_document_counts_of_equals_the_first_and_only_from_the_
         {"of": {"split": "validation", "document": 1}, "jaccard": 1.0},
     )
     assert continued.find("validation", 3, agreeing(103)) == ("near_duplicate", {"of": of, "jaccard": round(103 / 128, 4)})
+
+
+@pytest.mark.parametrize("content", [b"\xff" * (12 + 512), b"x"], ids=["another split", "half a record"])
+def test_signatures_that_are_something_else_are_refused(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "signatures.bin").write_bytes(content)
+    with pytest.raises(CorpusError, match=r"signatures.bin: got 'another content'; .* Prepare again with --fresh"):
+        NearDuplicates(MinHashConfig(), ("train",), Log(tmp_path / "signatures.bin", len(content)))
 
 
 def test_without_the_library_the_command_that_installs_it_is_named(
