@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import threading
 import time
 from collections import Counter, defaultdict, deque
@@ -64,6 +65,24 @@ def whole(handler: _Handler, data: bytes) -> None:
 def status(number: int) -> Fault:
     """An answer with this status."""
     return lambda handler, data: handler.send_error(number)
+
+
+def redirect(url: str) -> Fault:
+    """The file is at another place."""
+
+    def answer(handler: _Handler, data: bytes) -> None:
+        handler.send_response(302)
+        handler.send_header("Location", url)
+        handler.send_header("Content-Length", "0")
+        handler.end_headers()
+
+    return answer
+
+
+def behind_password(user: str, password: str) -> Fault:
+    """Only who gives it gets the file."""
+    right = "Basic " + base64.b64encode(f"{user}:{password}".encode()).decode()
+    return lambda handler, data: (whole if handler.headers["Authorization"] == right else status(401))(handler, data)
 
 
 def cut(handler: _Handler, data: bytes) -> None:

@@ -84,6 +84,10 @@ def test_a_run_from_a_server_equals_one_from_the_folder(
     site: Site, prepared: Path, tmp_path: Path, expected: tuple[Any, Any, Any]
 ) -> None:
     tree = settings(f"{site.url}/{prepared.name}", tmp_path, "two")
+    # A transfer may take longer than a read: nothing stands in for what is on its way.
+    site.misbehave(shards(prepared)[0], web.stalled(1.0))
+    tree["data"]["cache"]["transfer"]["stall_s"] = 10.0
+    tree["data"]["loader"] = {"retry": {"attempts": 2, "read_timeout_s": 0.2, "pause_s": 0.0}}
     assert joined(ranks.run(run, 2, {"tree": tree})) == expected[0]
     asked = {path: count for path, count in site.requests.items() if not path.endswith("manifest.json")}
     assert set(shards(prepared)) <= set(asked) and set(asked.values()) == {1}  # two ranks, two splits, one transfer
@@ -172,6 +176,18 @@ def test_shards_that_are_gone_or_changed_at_the_source_are_replaced_and_booked(
         result.faults == [] and [entry.substitution.chunk for entry in result.replaced] == [c for c in picks if c in lost] != []
     )
     fault(fault="F16", injected="shards gone and changed on a server", outcome="replaced, 0 unaccounted for")
+
+
+def test_a_corpus_in_a_file_system_of_another_kind_is_read(prepared: Path, tmp_path: Path) -> None:
+    import fsspec
+
+    elsewhere = fsspec.filesystem("memory")
+    for file in filter(Path.is_file, prepared.rglob("*")):
+        elsewhere.pipe(f"/bucket/corpus/{file.relative_to(prepared)}", file.read_bytes())
+    data, local = folders(tmp_path, 100, 10**6).open("memory://bucket/corpus"), Dataset.open(prepared)
+    assert data.digest == local.digest and data.folder.name == "corpus"
+    for chunk in range(0, local.chunks, 97):
+        np.testing.assert_array_equal(data.stored(chunk), local.stored(chunk))
 
 
 def folders(tmp_path: Path, shards: float, largest: int) -> Folders:

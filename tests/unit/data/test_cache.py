@@ -306,6 +306,25 @@ def test_a_folder_that_cannot_be_made_is_said(tmp_path: Path) -> None:
         made(tmp_path)
 
 
+@pytest.mark.parametrize("then", ["nobody listens", "503"])
+def test_the_address_of_a_redirect_is_not_repeated(site: Site, tmp_path: Path, then: str) -> None:
+    to = "http://127.0.0.1:9/a" if then == "nobody listens" else f"{site.url}/train/2.tar"
+    site.misbehave("train/1.tar", *[web.redirect(f"{to}?signature=hunter2")] * 1000)
+    site.misbehave("train/2.tar", *[web.status(503)] * 1000)
+    with pytest.raises(StorageError, match=r"train/1\.tar") as caught:
+        made(tmp_path, timeout_s=0.3).fetch(*wanted(site, 1))
+    assert "hunter2" not in str(caught.value) and caught.value.__cause__ is None
+
+
+def test_a_password_is_taken_from_netrc(site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    site.misbehave("train/1.tar", *[web.behind_password("reader", "hunter2")] * 2)
+    with pytest.raises(StorageError, match="access was refused"):
+        made(tmp_path).fetch(*wanted(site, 1))
+    (tmp_path / "netrc").write_text("machine 127.0.0.1 login reader password hunter2\n")
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    assert made(tmp_path).fetch(*wanted(site, 1)).read_bytes() == source(site, 1)
+
+
 def test_other_protocols_go_through_their_drivers(tmp_path: Path) -> None:
     import fsspec
 
