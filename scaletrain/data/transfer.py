@@ -31,6 +31,8 @@ from scaletrain.errors import ConfigError, CorpusError, ScaletrainError, Storage
 
 BLOCK_BYTES = 4 << 20
 _BLOCKS_AHEAD = 4
+_REQUEST_BYTES = 32 << 20
+"""Of protocols that are asked block by block: an object store takes tens of milliseconds to begin an answer."""
 _PAUSE_MAX_S = 30.0
 _ENDED_EARLY_MAX, _OTHER_BYTES_MAX = 4, 2
 """Attempts after which bytes that are wrong are taken for what the source has."""
@@ -209,7 +211,7 @@ def _opened(wanted: Wanted, stall_s: float) -> Source:
         # One request that streams, instead of one to ask for the size and one for each block.
         how: dict[str, Any] = {"block_size": 0, "size": wanted.bytes}
     else:
-        how = {"block_size": BLOCK_BYTES, "cache_type": "readahead"}
+        how = {"block_size": _REQUEST_BYTES, "cache_type": "readahead"}
     system, path = fsspec.url_to_fs(wanted.url, **options)
     source: Source = system.open(path, "rb", **how)
     return source
