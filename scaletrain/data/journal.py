@@ -9,6 +9,7 @@ bytes. Only ``dropped.jsonl`` stays when the manifest is written.
 from __future__ import annotations
 
 import dataclasses
+import errno
 import fcntl
 import os
 import sys
@@ -20,7 +21,7 @@ from typing import Any
 
 from scaletrain import durable, outside
 from scaletrain.data.shards import Written, storage, write_json
-from scaletrain.errors import ConfigError, CorpusError
+from scaletrain.errors import ConfigError, CorpusError, StorageError
 
 FORMAT = 2
 _WRITE_BYTES = 1 << 20
@@ -241,7 +242,7 @@ def locked(folder: Path, *, what: str = "folder", waiting: str | None = None) ->
     """Hold the folder for one prepare at a time; a killed one lets go by itself.
 
     When another one holds it: prints ``waiting`` and waits, or, without it, raises ConfigError. ``what`` the folder is, for
-    messages.
+    messages. Raises StorageError where files cannot be locked.
     """
     with storage(folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -255,6 +256,11 @@ def locked(folder: Path, *, what: str = "folder", waiting: str | None = None) ->
                 raise ConfigError("output", str(folder), rule, "Wait for it to end, or use another one") from None
             print(waiting, file=sys.stderr, flush=True)
             fcntl.flock(stream, fcntl.LOCK_EX)
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+                raise
+            problem = f"the file system cannot lock files ({error.strerror}), so that two jobs could write it at once"
+            raise StorageError(f"output: got {str(folder)!r}; {problem}. Mount it with locks, or use another one") from error
         yield
 
 

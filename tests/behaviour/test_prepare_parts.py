@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -22,7 +23,7 @@ from scaletrain.data.parts import Part, merge, prepare_part
 from scaletrain.data.pieces import PieceWriter
 from scaletrain.data.prepare import PrepareConfig, prepare
 from scaletrain.data.shards import ShardWriter
-from scaletrain.errors import ConfigError, CorpusError
+from scaletrain.errors import ConfigError, CorpusError, StorageError
 from tests import preparing
 from tests.preparing import contents, descendants, fails, run_cli, wait_until_gone
 
@@ -335,6 +336,17 @@ def test_a_second_job_on_the_same_part_is_refused(here: None, settings: Callable
             prepare_part(made, Part(1, 2))
         with pytest.raises(ConfigError, match="another prepare is writing this part"):
             prepare(made, fresh=True)
+
+
+def test_a_file_system_without_locks_is_refused(
+    settings: Callable[..., PrepareConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def flock(stream: object, operation: int) -> None:
+        raise OSError(errno.EOPNOTSUPP, "Operation not supported")  # as Lustre does where it is mounted without them
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    with pytest.raises(StorageError, match=r"the file system cannot lock files \(Operation not supported\), so that two jobs"):
+        prepare_part(settings(tmp_path / "out"), Part(1, 2))
 
 
 def test_parts_that_read_other_text_are_refused(here: None, settings: Callable[..., PrepareConfig], tmp_path: Path) -> None:
