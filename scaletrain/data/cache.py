@@ -57,7 +57,7 @@ class CacheConfig:
     size_gb: Annotated[float, Field(gt=0)] = 100.0
     """Most that the shards take, in 10^9 bytes; those used longest ago go first. Indexes and tokenizers are kept beside them."""
     transfer: TransferConfig = field(default_factory=TransferConfig)
-    """When a transfer is given up. A thread of the loader has one under way at a time: more `data.loader.workers`, more at once."""
+    """When a transfer is given up. Each thread of the loader has one under way: more `data.loader.workers`, more at once."""
 
 
 class Cache:
