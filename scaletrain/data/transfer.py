@@ -76,6 +76,10 @@ class _AgainError(Exception):
     """This attempt failed, the next one need not."""
 
 
+class _LateError(_AgainError):
+    """The deadline came in the middle of it, which says less than what went wrong before."""
+
+
 class _WrongError(Exception):
     """The bytes that came are not those that were wanted."""
 
@@ -93,6 +97,7 @@ def fetch(wanted: Wanted, stream: BinaryIO, config: TransferConfig, deadline: fl
     began = time.monotonic()
     deadline = began + config.timeout_s if deadline is None else deadline
     name, attempts, wrong = urls.shown(wanted.url), 0, 0
+    said: Exception | None = None
     while True:
         attempts += 1
         try:
@@ -105,7 +110,9 @@ def fetch(wanted: Wanted, stream: BinaryIO, config: TransferConfig, deadline: fl
             if wrong >= failure.attempts_max:
                 rule = f"the manifest says {wanted.bytes} bytes with SHA-256 {wanted.sha256}"
                 raise CorpusError(name, failure.found, rule, _REMEDY) from None
-            said: Exception = failure
+            said = failure
+        except _LateError as failure:
+            said = said or failure
         except _AgainError as failure:
             said = failure
         pause = min(config.pause_s * 2 ** (attempts - 1), _PAUSE_MAX_S) * random.uniform(1.0, 1.5)
@@ -144,9 +151,9 @@ def _blocks(wanted: Wanted, stall_s: float, deadline: float) -> Generator[bytes,
             try:
                 item = pump.blocks.get(timeout=max(limit_s, 0.001))
             except queue.Empty:
-                raise _AgainError(f"no byte for {limit_s:.1f} s") from None
+                raise (_AgainError if limit_s >= stall_s else _LateError)(f"no byte for {limit_s:.1f} s") from None
             if limit_s <= 0:  # bytes that trickle in never stall
-                raise _AgainError("it was not whole in time")
+                raise _LateError("it was not whole in time")
             if isinstance(item, BaseException):
                 raise _judged(item, wanted.url) from None
             if not item:

@@ -300,14 +300,16 @@ def test_a_command_that_does_not_do_it(prepared: Path, tmp_path: Path, command: 
 
 
 def test_at_the_deadline_a_command_goes_with_all_that_it_has_started(tmp_path: Path) -> None:
+    seconds = f"600.{os.getpid()}"
     program = (
         "import os, subprocess; "
-        'subprocess.Popen(["sleep", "600.125"]); open("/proc/self/fd/1", "wb").write(b"x"); os.read(os.pipe()[0], 1)'
+        f'subprocess.Popen(["sleep", "{seconds}"]);'
+        ' open("/proc/self/fd/1", "wb").write(b"x"); os.read(os.pipe()[0], 1)'
     )
     with pytest.raises(StorageError, match="no byte for"):
         opened(f"pipe:{sys.executable} -c '{program}' {{file}}", tmp_path, timeout_s=0.8, stall_s=0.4)
     until = time.monotonic() + 5
-    while "600.125" in (running := commands()):
+    while seconds in (running := commands()):
         assert time.monotonic() < until, running
         time.sleep(0.02)
 

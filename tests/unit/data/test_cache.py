@@ -96,6 +96,12 @@ def test_a_server_that_does_not_answer_is_given_up_at_the_deadline(site: Site, t
         site._faults.clear()
 
 
+def test_what_went_wrong_is_said_although_the_deadline_cut_the_last_attempt(site: Site, tmp_path: Path) -> None:
+    site.misbehave("train/1.tar", web.status(503), web.stalled(60.0))
+    with pytest.raises(StorageError, match="answered with status 503; 2 attempts"):
+        made(tmp_path, stall_s=30.0, timeout_s=1.0).fetch(*wanted(site, 1))
+
+
 def test_nobody_listens(tmp_path: Path) -> None:
     cache = made(tmp_path, timeout_s=0.5)
     with pytest.raises(StorageError, match=r"127\.0\.0\.1:9"):
