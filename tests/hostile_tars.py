@@ -151,12 +151,14 @@ def _records(data: bytearray, draw: random.Random) -> None:
     """A PAX header of nonsense before the first member, or many long names in a row."""
     body = draw.choice((b"12 path=../x\n", b"999999 path=a\n", b"-5 path=a\n", b"0 =\n", b"18 path=" + b"\xff" * 9 + b"\n",
                         b"7 a\n", b"13 size=-12\n" + b"\0", b"25 GNU.sparse.map=0,9999\n", b"\0" * 600,
-                        b"11 path=\0\0\n"))  # fmt: skip
+                        b"11 path=\0\0\n", b"5 a=\n" * 30_000))  # fmt: skip
     header = bytearray(tarfile.TarInfo("x").tobuf(tarfile.USTAR_FORMAT))
     header[156:157] = draw.choice((b"x", b"g", b"L", b"K"))
     header[124:136] = f"{len(body):011o}\0".encode()
     _seal(header, 0)
-    front = (bytes(header) + body.ljust(-(-len(body) // BLOCK) * BLOCK, b"\0")) * draw.choice((1, 1, 2, 300))
+    front = (bytes(header) + body.ljust(-(-len(body) // BLOCK) * BLOCK, b"\0")) * (
+        draw.choice((1, 1, 2, 300)) if len(body) < 1000 else 1
+    )
     data[:0] = front
 
 

@@ -153,6 +153,10 @@ class Dataset:
         """
         self._files.fetch(self._shard(chunk).file)
 
+    def shard_of(self, chunk: int) -> int:
+        """The number of the shard that a chunk lies in."""
+        return bisect.bisect_right(self._firsts, chunk) - 1
+
     def read(self, chunk: int) -> npt.NDArray[np.int32]:
         """The token ids of one chunk, shape [lengths[chunk]], int32, without special tokens.
 
@@ -191,11 +195,17 @@ class Dataset:
         shard = self._shard(chunk)
         record = shard.index.records[chunk - shard.first]
         offset, length = int(record["offset"]), int(record["length"])
+        if shard.fault is not None and not shard.file.exists():
+            raise shard.fault  # known since it was opened: not a matter of trying again
         try:
-            return shard, offset, self._files.read(shard.file, offset, length)
+            span = self._files.read(shard.file, offset, length)
         except OSError as error:
             self._files.close(shard.file)
             raise StorageError(f"{shard.file}: reading byte {offset} failed: {error.strerror}. {_REMEDY}") from error
+        if len(span) < length:
+            self._files.close(shard.file)
+            raise index.short(shard.file, offset, length, len(span))
+        return shard, offset, span
 
     def _shard(self, chunk: int) -> Shard:
         if not 0 <= chunk < self.chunks:
@@ -223,6 +233,10 @@ class AsStored:
     def fetch(self, chunk: int) -> None:
         """As ``Dataset.fetch``."""
         self.dataset.fetch(chunk)
+
+    def shard_of(self, chunk: int) -> int:
+        """As ``Dataset.shard_of``."""
+        return self.dataset.shard_of(chunk)
 
     def read(self, chunk: int) -> npt.NDArray[np.int32]:
         """What ``Dataset.stored`` gives."""

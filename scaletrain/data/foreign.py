@@ -21,13 +21,14 @@ from typing import NamedTuple
 from scaletrain.data import index
 from scaletrain.data.checksum import crc32
 from scaletrain.data.files import Files
-from scaletrain.data.shards import write_atomically
+from scaletrain.data.shards import storage, write_atomically
 from scaletrain.durable import sync
 from scaletrain.errors import CorpusError, ScaletrainError, StorageError
 
 SUFFIX = ".stidx"
 """Not ``.idx``: other programs write files of that name beside tars, in formats of their own."""
 _FILES_MAX = 64
+_REMEDY = f"Restore the tar from a copy. If it was replaced on purpose, delete its {SUFFIX} file: it is made again"
 
 
 def place(tar: Path, folder: Path | None = None) -> Path:
@@ -61,7 +62,7 @@ def build(tars: Sequence[Path], folder: Path | None = None, processes: int = 1) 
     indexed, naming the member, and StorageError where an index cannot be written.
     """
     if folder is not None:
-        folder.mkdir(parents=True, exist_ok=True)
+        _make(folder)
     missing = [tar for tar in tars if indexed(tar, folder) is None]
     if processes == 1 or len(missing) < 2:
         yield from _in_order(tars, missing, map(_build, missing, itertools.repeat(folder)))
@@ -82,6 +83,15 @@ def _in_order(tars: Sequence[Path], missing: Sequence[Path], made: Iterator[Path
         yield tar, tar in wanted
 
 
+def _make(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StorageError(
+            f"index_folder: got {str(folder)!r}; it cannot be made ({error.strerror}). Name another one"
+        ) from error
+
+
 def _build(tar: Path, folder: Path | None) -> Path:
     file = place(tar, folder)
     _publish(file, index.build(tar))
@@ -92,8 +102,9 @@ def _publish(file: Path, made: index.Index) -> None:
     """Writes an index under a name that no other process uses, then renames: those that build the same one at once do no harm."""
     private = file.with_name(f".{file.name}.{os.urandom(8).hex()}")
     write_atomically(private, made.to_bytes())
-    private.replace(file)
-    sync(file.parent)
+    with storage(file.parent):
+        private.replace(file)
+        sync(file.parent)
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,10 +160,13 @@ class TarSet:
         except OSError as error:
             self._files.close(tar.file)
             raise StorageError(f"{tar.file}: reading byte {offset} failed: {error.strerror}. Check the storage") from error
+        if len(data) < length:
+            self._files.close(tar.file)
+            raise index.short(tar.file, offset, length, len(data), _REMEDY)
         found = crc32(data)
         if found != expected:
             self._files.close(tar.file)
-            raise index.damaged(tar.file, _key(data), offset, expected, found)
+            raise index.damaged(tar.file, _key(data), offset, expected, found, _REMEDY)
         return data
 
     def read(self, sample: int) -> Sample:
@@ -176,9 +190,9 @@ def _at_first_sight(tar: Path, folder: Path | None) -> index.Index:
     made = index.build(tar)
     try:
         if folder is not None:
-            folder.mkdir(parents=True, exist_ok=True)
+            _make(folder)
         _publish(place(tar, folder), made)
-    except (StorageError, OSError):  # on storage that cannot be written to it is made again each time
+    except StorageError:  # on storage that cannot be written to it is made again each time
         pass
     return made
 

@@ -42,6 +42,8 @@ _PAX_BYTES_MAX = 1 << 20
 _SAMPLES_MAX = 1 << 24
 _SPAN_BYTES_MAX = (1 << 32) - 1
 _PIECE = 1 << 20
+_RESTORE = "The shard is damaged: restore it from a copy, or prepare the folder again with --fresh"
+_PACKED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd", b"PK\x03\x04": "zip"}
 _KINDS = {b"1": "a hard link", b"2": "a symbolic link", b"3": "a character device", b"4": "a block device", b"6": "a FIFO",
           b"K": "a link with a long target", b"S": "a sparse file"}  # fmt: skip
 
@@ -154,14 +156,16 @@ def verify(index: Index, tar: Path) -> None:
                 raise damaged(tar, _key_at(read, offset, size, str(tar)), offset, expected, found)
 
 
-def damaged(tar: Path, key: str, offset: int, expected: int, found: int) -> CorpusError:
+def damaged(tar: Path, key: str, offset: int, expected: int, found: int, remedy: str = _RESTORE) -> CorpusError:
     """The error for a span whose CRC-32 is not the one in the index."""
-    return CorpusError(
-        str(tar),
-        f"CRC-32 {found:#010x} of sample {key!r} at byte {offset}",
-        f"its index says {expected:#010x}",
-        "The shard is damaged: restore it from a copy, or prepare the folder again with --fresh",
-    )
+    said = f"CRC-32 {found:#010x} of sample {key!r} at byte {offset}"
+    return CorpusError(str(tar), said, f"its index says {expected:#010x}", remedy)
+
+
+def short(tar: Path, offset: int, length: int, found: int, remedy: str = _RESTORE) -> CorpusError:
+    """The error for a span of which not all bytes are there."""
+    said = f"{found} bytes at byte {offset}"
+    return CorpusError(str(tar), said, f"its index says {length}: the file was cut short", remedy)
 
 
 def members(read: Read, size: int, label: str, *, ends: bool = False) -> Iterator[Member]:
@@ -236,6 +240,9 @@ def _spans(tar: Path, found: Iterator[Member], read: Read) -> Iterator[tuple[int
 
 def _parse(header: bytes, offset: int, label: str) -> tuple[bytes, int, str]:
     """(type, size of the data, name) of one header block whose checksum holds."""
+    packed = next((name for magic, name in _PACKED.items() if header.startswith(magic)), None)
+    if packed and not offset:
+        _refuse(label, "", offset, f"a file packed by {packed}", "a plain tar: unpack it first, for random access")
     if len(header) < BLOCK:
         _refuse(label, "", offset, f"a header of {len(header)} bytes", f"a header has {BLOCK}: the file was cut short")
     try:
@@ -290,13 +297,14 @@ def _extended_name(kind: bytes, read: Read, data: int, size: int, label: str) ->
 
 def _pax_fields(body: bytes) -> Iterator[tuple[str, str]]:
     """The ``key=value`` records of a PAX header."""
-    while body:
-        digits, _ = body.split(b" ", 1)
-        length = int(digits)
-        if not len(digits) < length <= len(body) or body[length - 1 : length] != b"\n":
+    at = 0
+    while at < len(body):  # by an offset: a header of many short records is not to be copied once for each of them
+        space = body.index(b" ", at, at + 20)
+        end = at + int(body[at:space])
+        if not space < end <= len(body) or body[end - 1 : end] != b"\n":
             raise ValueError("a record of another length")
-        key, value = body[len(digits) + 1 : length - 1].split(b"=", 1)
-        body = body[length:]
+        key, value = body[space + 1 : end - 1].split(b"=", 1)
+        at = end
         if key in (b"path", b"size") or key.startswith(b"GNU.sparse"):
             yield key.decode(), value.decode()
 

@@ -206,8 +206,7 @@ class Loader:
             )
         )
         for corpus, chunk, corpus_pass, slot, place in sorted(wanted):
-            hung = work.hung[corpus, chunk]
-            chunks[slot][place], instead, again = self._reader.read(corpus, corpus_pass, chunk, hung, work.note)
+            chunks[slot][place], instead, again = self._reader.read(corpus, corpus_pass, chunk, work.hung, work.note)
             retried += again
             if instead is not None:
                 substitutions.append((slot, instead))

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Protocol
 
@@ -49,6 +49,8 @@ class RetryConfig:
     """Pause before the second read; it doubles each time, and up to half of it is added at random."""
     read_timeout_s: Annotated[float, Field(gt=0)] = 30.0
     """Longest that one read may take. The thread that hangs in it is left to itself, and another one reads again."""
+    outage_s: Annotated[float, Field(ge=0)] = 120.0
+    """How long nothing at all may be readable, before the run ends with 74: keep it well below the loader's `timeout_s`."""
 
 
 @dataclass(slots=True)
@@ -67,36 +69,56 @@ class Reader:
     def __init__(self, dealt: DealtPlan, datasets: Sequence[Readable], config: RetryConfig) -> None:
         self._dealt, self._datasets, self._config = dealt, datasets, config
         self._fetch: list[Callable[[int], None]] = [getattr(dataset, "fetch", _nothing_to_fetch) for dataset in datasets]
+        self._shard: list[Callable[[int], int]] = [getattr(dataset, "shard_of", _no_shard) for dataset in datasets]
+        self._broken: set[tuple[int, int]] = set()
+        """(corpus, shard) of which a chunk could not be read: the next one is tried once, until one can be read again."""
 
     def read(
-        self, corpus: int, corpus_pass: int, chunk: int, hung: int, note: Callable[[Reading | None], None]
+        self,
+        corpus: int,
+        corpus_pass: int,
+        chunk: int,
+        hung: Mapping[tuple[int, int], int],
+        note: Callable[[Reading | None], None],
     ) -> tuple[Tokens, Substitution | None, int]:
         """The tokens of a chunk, or of the one that took its place, and how often a read was tried again.
 
-        ``hung``: how many reads of it have been given up already because they did not return. ``note`` is told what is being
-        read, and None in a pause. Raises what the last read raised where the plan has no substitutes, DataBudgetError where none
-        of them can be read, and StorageError where a server does not give the shard: that is no reason for another chunk.
+        ``hung``: (corpus, chunk) -> reads that have been given up because they did not return. ``note`` is told what is being
+        read, and None in a pause. Raises what the last read raised where the plan has no substitutes, and DataBudgetError where
+        none of them is whole either. Where storage does not answer at all, that is no reason for another chunk: reads are tried
+        for ``outage_s``, and StorageError is raised then, as it is where a server does not give a shard.
         """
-        tokens, failure, retried = self._attempts(corpus, chunk, hung, note)
-        if tokens is not None:
-            return tokens, None, retried
-        assert failure is not None
+        ends, retried, pause_s = time.monotonic() + self._config.outage_s, 0, self._config.pause_s
         substitutes = self._dealt.plan.substitutes(corpus, corpus_pass, chunk)
-        for substitute in substitutes:
-            if self._bring(corpus, substitute, note):
-                continue
-            note(Reading(corpus, substitute, time.monotonic()))
-            try:
-                tokens = self._datasets[corpus].read(substitute)
-            except FAILURES:
-                continue
-            longest = int(self._dealt.lengths[corpus][chunk])  # the slot has no room for more
-            return tokens[:longest], Substitution(corpus, corpus_pass, chunk, substitute, _said(failure)), retried
-        if substitutes:
-            raise DataBudgetError(
-                f"{self.name(corpus, chunk)} cannot be read, and none of {len(substitutes)} others in its place: {failure}"
-            ) from failure
-        raise failure
+        while True:
+            failures: list[Exception] = []
+            for candidate in (chunk, *substitutes):
+                tokens, failure, again = self._attempts(corpus, candidate, hung.get((corpus, candidate), 0), note)
+                retried += again
+                if tokens is not None and candidate != chunk and not isinstance(failures[0], CorpusError):
+                    # The storage answers again: perhaps for the chunk itself, too.
+                    own, _, again = self._attempts(corpus, chunk, hung.get((corpus, chunk), 0), note)
+                    tokens, candidate, retried = (
+                        (own, chunk, retried + again + 1) if own is not None else (tokens, candidate, retried)
+                    )
+                if tokens is not None:
+                    if candidate == chunk:
+                        return tokens, None, retried
+                    longest = int(self._dealt.lengths[corpus][chunk])  # the slot has no room for more
+                    return tokens[:longest], Substitution(corpus, corpus_pass, chunk, candidate, _said(failures[0])), retried
+                assert failure is not None
+                failures.append(failure)
+            if not substitutes:
+                raise failures[0]
+            if all(isinstance(failure, CorpusError) for failure in failures):
+                said = f"{self.name(corpus, chunk)} cannot be read, and none of {len(substitutes)} others in its place"
+                raise DataBudgetError(f"{said}: {failures[0]}") from failures[0]
+            if time.monotonic() > ends:
+                said = f"nothing of corpus {corpus} could be read for {self._config.outage_s:g} s (data.loader.retry.outage_s)"
+                raise StorageError(f"{said}: {failures[0]}") from failures[0]
+            note(None)
+            time.sleep(min(pause_s, 5.0))
+            pause_s, retried = 2 * pause_s, retried + 1
 
     def _attempts(
         self, corpus: int, chunk: int, hung: int, note: Callable[[Reading | None], None]
@@ -105,7 +127,9 @@ class Reader:
         if hung:
             limit = self._config.read_timeout_s
             failure = StorageError(f"{self.name(corpus, chunk)}: no answer within {limit:g} s, {hung} times. Check the storage")
-        for attempt in range(hung, self._config.attempts):
+        place = (corpus, self._shard[corpus](chunk))
+        attempts = 1 if place in self._broken else self._config.attempts
+        for attempt in range(hung, attempts):
             if attempt:
                 note(None)
                 time.sleep(self._config.pause_s * 2 ** (attempt - 1) * random.uniform(1.0, 1.5))
@@ -113,10 +137,14 @@ class Reader:
                 return None, lost, attempt
             note(Reading(corpus, chunk, time.monotonic()))
             try:
-                return self._datasets[corpus].read(chunk), None, attempt
+                tokens = self._datasets[corpus].read(chunk)
             except FAILURES as error:
                 failure = error
-        return None, failure, self._config.attempts - 1
+                continue
+            self._broken.discard(place)
+            return tokens, None, attempt
+        self._broken.add(place)
+        return None, failure, max(attempts - 1, hung)
 
     def _bring(self, corpus: int, chunk: int, note: Callable[[Reading | None], None]) -> CorpusError | None:
         """Has the shard of a chunk brought to this machine; what is wrong with it, where that has shown. Raises StorageError."""
@@ -130,6 +158,11 @@ class Reader:
     def name(self, corpus: int, chunk: int) -> str:
         """What a chunk is called in messages."""
         return f"chunk {chunk} of corpus {corpus} ({self._datasets[corpus].digest})"
+
+
+def _no_shard(chunk: int) -> int:
+    """Of a corpus that says nothing of shards: every chunk fails for itself."""
+    return -1 - chunk
 
 
 def _nothing_to_fetch(chunk: int) -> None:

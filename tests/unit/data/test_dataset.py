@@ -127,7 +127,7 @@ def test_a_flipped_bit_names_shard_key_offset_and_both_crcs(folder: Path) -> Non
 def test_a_shard_that_shrinks_while_it_is_open_is_noticed(folder: Path) -> None:
     data = Dataset.open(folder)
     os.truncate(folder / "train/000002.tar", 5 * 1024)
-    with pytest.raises(CorpusError, match="CRC-32 0x00000000 of sample '\\?'"):
+    with pytest.raises(CorpusError, match=r"0 bytes at byte 8192.*cut short"):
         data.read(20)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import json
 import os
@@ -21,7 +22,7 @@ from webdataset.tariterators import base_plus_ext
 from scaletrain.cli import main as cli
 from scaletrain.data import foreign, index
 from scaletrain.data.foreign import TarSet
-from scaletrain.errors import CorpusError
+from scaletrain.errors import CorpusError, StorageError
 from tests import hostile_tars
 from tests.tars import make_tar
 
@@ -102,6 +103,17 @@ def test_a_changed_byte_is_noticed_when_the_sample_is_read(tmp_path: Path) -> No
         tars.read(4)
 
 
+def test_a_packed_tar_is_named_as_one(tmp_path: Path) -> None:
+    (tmp_path / "a.tar").write_bytes(gzip.compress(make_tar(tmp_path / "b.tar", pairs(3)).read_bytes()))
+    with pytest.raises(CorpusError, match=r"a\.tar.*packed by gzip.*unpack it first"):
+        TarSet.open([tmp_path / "a.tar"])
+
+
+def test_an_index_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+    with pytest.raises(StorageError, match=r"index_folder: got '/proc/x'"):
+        list(foreign.build([make_tar(tmp_path / "a.tar", pairs(3))], Path("/proc/x")))
+
+
 def test_indexes_in_a_folder_of_their_own_do_not_collide(tmp_path: Path) -> None:
     files = []
     for name in ("one", "two"):
@@ -113,8 +125,6 @@ def test_indexes_in_a_folder_of_their_own_do_not_collide(tmp_path: Path) -> None
 
 
 def test_a_folder_that_cannot_be_written_is_indexed_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from scaletrain.errors import StorageError
-
     def full(file: Path, data: bytes) -> None:
         raise StorageError("the file system is read-only")
 
