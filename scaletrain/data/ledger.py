@@ -85,7 +85,7 @@ class Ledger:
         return None
 
     def state(self) -> list[list[Any]]:
-        """For a checkpoint: some 60 bytes for each entry, and a budget bounds how many there are."""
+        """For a checkpoint: some 130 bytes for each entry, and a budget bounds how many there are."""
         return [[entry.step, entry.sample, *asdict(entry.substitution).values()] for entry in self.entries]
 
     def restore(self, state: Sequence[Sequence[Any]]) -> None:

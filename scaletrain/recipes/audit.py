@@ -9,11 +9,12 @@ from typing import Any
 
 import numpy as np
 
-from scaletrain import checkpoint
+from scaletrain import checkpoint, outside
+from scaletrain.checkpoint import Checkpoint
 from scaletrain.data.ledger import DamageConfig, Entry, Ledger
 from scaletrain.errors import CorpusError
 from scaletrain.train import account
-from scaletrain.train.audit import Audit, audit, ranges, samples_by_corpus
+from scaletrain.train.audit import Audit, audit, ranges
 
 LISTED = 20
 """Replaced samples, and faults, that are printed; the account has all."""
@@ -35,14 +36,15 @@ Config = AuditConfig
 def main(config: AuditConfig) -> dict[str, Any]:
     """Prints what was seen how often, by attempt; returns the totals. Raises CorpusError where the account is not the plan's."""
     file = config.run / account.FILE
+    saved, reached = _reached(config.run)  # first: a run that goes on meanwhile books before it saves
     try:
-        result = audit(account.read(file))
+        result = audit(account.read(file), reached)
     except FileNotFoundError:
         rule = f"a run keeps an account in {account.FILE}"
         raise CorpusError(str(config.run), f"no {account.FILE}", rule, "Name the folder of a pretraining run") from None
     except (ValueError, KeyError, TypeError) as wrong:
         raise CorpusError(str(file), str(wrong), "the rows are those that a run writes", "Restore it from a copy") from None
-    result.faults += _against_checkpoint(config.run, result.replaced)
+    result.faults += _against_checkpoint(saved, result.replaced)
     for line in _lines(result):
         print(line)
     if config.chunk is not None:
@@ -60,9 +62,20 @@ def main(config: AuditConfig) -> dict[str, Any]:
     }
 
 
-def _against_checkpoint(run: Path, replaced: list[Entry]) -> list[str]:
-    """The newest checkpoint has the same ledger as the account, up to its step."""
-    for found in checkpoint.find(run / "checkpoints")[:1]:
+def _reached(run: Path) -> tuple[Checkpoint | None, int]:
+    """The newest checkpoint, and how many steps the run is known to have taken, by it or by how it ended."""
+    saved = next(iter(checkpoint.find(run / "checkpoints")), None)
+    try:
+        ended = outside.read_json(run / "exit.json")
+    except (OSError, ValueError):
+        ended = None
+    step = ended.get("step") if isinstance(ended, dict) and ended.get("code") == 0 else 0
+    return saved, max(saved.step if saved else 0, step if isinstance(step, int) else 0)
+
+
+def _against_checkpoint(found: Checkpoint | None, replaced: list[Entry]) -> list[str]:
+    """A checkpoint has the same ledger as the account, up to its step."""
+    if found is not None:
         ledger = Ledger(DamageConfig())
         ledger.restore(found.progress.state.get("replaced", []))
         if ledger.entries != [entry for entry in replaced if entry.step <= found.step]:
@@ -76,7 +89,7 @@ def _lines(result: Audit) -> list[str]:
     names = result.names
     lines = [f"{'attempt':<9}{'steps that count':<20}{'taken again':<20}samples of {', '.join(names)}"]
     for number, attempt in enumerate(result.attempts, 1):
-        by_corpus = ", ".join(f"{count:,}" for count in samples_by_corpus(result, attempt))
+        by_corpus = ", ".join(f"{count:,}" for count in attempt.samples)
         lines.append(f"{number:<9}{_ranges(attempt.rows):<20}{_ranges(attempt.void):<20}{by_corpus}")
     for name, times in zip(names, result.seen, strict=True):
         spread = ", ".join(f"{chunks:,} seen {_times(often)}" for often, chunks in sorted(Counter(times.tolist()).items()))

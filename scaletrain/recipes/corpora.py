@@ -15,12 +15,12 @@ from scaletrain.data import urls
 from scaletrain.data.cache import CacheConfig
 from scaletrain.data.dataset import AsStored, Dataset
 from scaletrain.data.folders import Folders
-from scaletrain.data.ledger import DamageConfig
+from scaletrain.data.ledger import DamageConfig, Substitution
 from scaletrain.data.loader import Loader, LoaderConfig
 from scaletrain.data.plan import CorpusShape, EvalPlan, OrderConfig, PhaseShape, Plan, tempered
 from scaletrain.data.slots import SPECIAL_TOKENS, Dealing, DealtPlan, Layout, SlotConfig
 from scaletrain.data.tokenizer import Vocabulary
-from scaletrain.errors import ConfigError, CorpusError, TokenizerError
+from scaletrain.errors import ConfigError, CorpusError, ScaletrainError, StorageError, TokenizerError
 from scaletrain.tasks.mlm import MaskedLanguageModelling, MlmConfig
 
 
@@ -87,9 +87,7 @@ class Corpora:
         self.dealing = dealing or Dealing.of(config.slots, layout, dist.world())
         self.dealing.check(config.slots, layout)
         self._folders = Folders(config.cache, allow_pipe=allow_pipe)
-        self._datasets = {path: self._folders.open(path, tolerant=True) for path in _paths(config)}
-        for dataset in self._datasets.values():
-            _check_damage(dataset, config.damage)
+        self._datasets = self._opened(config)
         if dist.rank() == 0:
             self._folders.check_room(config.order)
         by_path = self._datasets
@@ -102,6 +100,27 @@ class Corpora:
             dist.world(), multiple_follows=dealing is None and config.slots.slot_multiple is None
         )
         dist.agree("the data", self.plan.digest)
+
+    def _opened(self, config: DataConfig) -> dict[str, Dataset]:
+        """By path; where one rank cannot open a folder, all raise what it says."""
+        opened: dict[str, Dataset] = {}
+        error: ScaletrainError | None = None
+        try:
+            for path in _paths(config):
+                opened[path] = self._folders.open(path, tolerant=True)
+                _check_damage(opened[path], config.damage)
+        except ScaletrainError as failure:
+            error = failure
+        dist.raise_together(error, "opening the data")
+        return opened
+
+    def readable(self, replaced: Substitution) -> bool:
+        """Whether a chunk that could not be read can be now."""
+        try:
+            self.datasets[replaced.corpus].read(replaced.chunk)
+        except (CorpusError, StorageError):
+            return False
+        return True
 
     def identity(self) -> dict[str, str]:
         """Digests of what a resumed run must find unchanged."""
@@ -124,13 +143,19 @@ class Corpora:
 
     @property
     def folder_names(self) -> list[str]:
-        """What the plan's corpora are called."""
-        return [dataset.folder.name for dataset in self.datasets]
+        """What the plan's corpora are called: as much of the end of each path as tells them apart."""
+        paths = {dataset.digest: urls.shown(path).rstrip("/").split("/") for path, dataset in self._datasets.items()}
+        parts = [paths[dataset.digest] for dataset in self.datasets]
+        for count in range(1, max(map(len, parts))):
+            names = ["/".join(each[-count:]) for each in parts]
+            if len(set(names)) == len(names):
+                return names
+        return ["/".join(each) for each in parts]
 
     def names(self, step: int) -> list[str]:
         """What the samples of a step, counted from 1, are called: folder of the corpus, and number of the chunk in it."""
-        picks = self.plan.picks(step - 1)
-        return [f"{self.datasets[c].folder.name}:{n}" for c, n in zip(picks.corpus.tolist(), picks.chunk.tolist(), strict=True)]
+        picks, corpora = self.plan.picks(step - 1), self.folder_names
+        return [f"{corpora[c]}:{n}" for c, n in zip(picks.corpus.tolist(), picks.chunk.tolist(), strict=True)]
 
     def mixture(self) -> Iterator[dict[str, str | int | float]]:
         """Of each corpus, over the whole run: the samples that come from it, their share, and the passes that they make."""

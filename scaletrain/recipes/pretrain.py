@@ -90,7 +90,7 @@ def main(config: PretrainConfig, *, fresh: bool = False, allow_pipe: bool = Fals
     Raises RequeueError, after a checkpoint, where the run was asked to stop.
     """
     with StopRequest(config.control) as stop, Session(config.output, config.device, stop) as session:
-        for name in ("checkpoints", "metrics.jsonl", "tensorboard", account.FILE) if fresh else ():
+        for name in ("checkpoints", "metrics.jsonl", "tensorboard", account.FILE, account.RECORD) if fresh else ():
             checkpoint.set_aside(config.output / name)
         with heartbeat.section("load"):
             last = checkpoint.newest(config.output / "checkpoints", aside=True)
@@ -115,7 +115,7 @@ def main(config: PretrainConfig, *, fresh: bool = False, allow_pipe: bool = Fals
                     except RequeueError:
                         run.save(record.step, evaluated=False)
                         run.settle()
-                        run.writers.close()
+                        run.close()
                         raise
                 saves = due(record.step, config.checkpoint.every_steps) and not run.guard.in_doubt
                 if saves or at_end or stop.agreed:
@@ -123,7 +123,7 @@ def main(config: PretrainConfig, *, fresh: bool = False, allow_pipe: bool = Fals
                     if not at_end and stop.ask():  # a request that came in a save needs no second one
                         break
             run.settle()
-        run.writers.close()
+        run.close()
         if stop.agreed and session.step < config.steps:
             raise RequeueError(f"stopped on request after step {session.step} of {config.steps}; the same command continues it")
 
@@ -167,8 +167,9 @@ class Run:
             peak.tflops * 1e12 * dist.world() if peak else None,
         )
         self.writers = _writers(config, self.corpora, self.start)
-        self._account = account.Account(plan, self.corpora.folder_names, config.data.damage, config.output)
-        self._account.begin(self.start, last.progress.state.get("replaced") if last else None)
+        token = session.lease.token if session.lease else 0
+        self._account = account.Account(plan, self.corpora.folder_names, config.data.damage, config.output, token)
+        self._account.begin(self.start, last.progress.state.get("replaced") if last else None, self.corpora.readable)
         facts |= {
             "ranks": dist.world(),
             "device": device.type,
@@ -224,7 +225,8 @@ class Run:
         try:
             self._account.settle(record)
         except DataBudgetError:
-            self.save(record.step)
+            evaluation_is_due = due(record.step, self._config.evaluation.every_steps) or record.step == self._config.steps
+            self.save(record.step, evaluated=not evaluation_is_due)
             self.settle()
             raise
 
@@ -246,6 +248,11 @@ class Run:
         with self._stop.saving(lambda: self.saver.longest_s):
             self.saver.settle()
         self._note_saved()
+
+    def close(self) -> None:
+        """Closes the files of the run."""
+        self.writers.close()
+        self._account.close()
 
     def _note_saved(self) -> None:
         if self.saver.saved not in (None, self._noted):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, astuple
 from pathlib import Path
 from typing import Any
@@ -18,29 +18,50 @@ from scaletrain import dist, durable
 from scaletrain.data.ledger import DamageConfig, Entry, Ledger, Substitution, samples_of
 from scaletrain.data.loader import Batch
 from scaletrain.data.plan import Plan
-from scaletrain.errors import CheckpointError, DataBudgetError
+from scaletrain.errors import CheckpointError, DataBudgetError, StorageError
 from scaletrain.train.metrics import StepRecord
 
 FILE = "consumed.jsonl"
 RECORD = "damaged.json"
 NAMED = 3
-"""Reasons that a message names; the file has all."""
+"""Files that a message names; the record has all."""
+LOOKED_AT = 100
+"""Samples that are tried again at a start, of those that were replaced last."""
 
 
 class Account:
     """Of one run. All methods are called by all ranks; the first one writes."""
 
-    def __init__(self, plan: Plan, names: Sequence[str], config: DamageConfig, folder: Path) -> None:
-        """``names``: what the plan's corpora are called. ``folder``: of the run."""
-        self._plan, self._names, self._folder = plan, list(names), folder
+    def __init__(self, plan: Plan, names: Sequence[str], config: DamageConfig, folder: Path, lease: int = 0) -> None:
+        """``names``: what the plan's corpora are called. ``folder``: of the run. ``lease``: the token that the job holds it with.
+
+        Collective. Raises StorageError where the file cannot be opened.
+        """
+        self._plan, self._names, self._folder, self._lease = plan, list(names), folder, lease
         self.ledger = Ledger(config)
         self._mine: dict[int, tuple[Substitution, ...]] = {}
-        self._lines = _Lines(folder / FILE) if dist.rank() == 0 else None
+        self._lines, error = None, None
+        try:
+            self._lines = _Lines(folder / FILE) if dist.rank() == 0 else None
+        except OSError as failure:
+            error = StorageError(f"{folder / FILE}: it cannot be opened ({failure.strerror}). Move it away, or use --fresh")
+        dist.raise_together(error, "opening the run's account")
 
-    def begin(self, step: int, state: Sequence[Sequence[Any]] | None) -> None:
-        """The run goes on after ``step`` steps, with the ledger of the checkpoint's ``state``."""
+    def begin(
+        self, step: int, state: Sequence[Sequence[Any]] | None, readable: Callable[[Substitution], bool] | None = None
+    ) -> None:
+        """The run goes on after ``step`` steps, with the ledger of the checkpoint's ``state``. Collective.
+
+        ``readable``: whether what could not be read can be by now. Raises DataBudgetError where it cannot, and the ledger has
+        more than the settings allow: else starting again and again would get through any budget.
+        """
         self.ledger.restore(state or [])
         self._mine.clear()
+        exceeded = self.ledger.exceeded(self._plan.samples_before(step))
+        if exceeded and readable:
+            dist.from_first("looking at what could not be read", lambda: self._require_mended(exceeded, readable))
+        if self._lines:
+            (self._folder / RECORD).unlink(missing_ok=True)  # of a stop that is over
         self._write({"kind": "begin", "step": step, "corpora": self._names, "plan": self._plan.described()})
 
     def watch(self, batches: Iterable[Batch]) -> Iterator[Batch]:
@@ -71,6 +92,11 @@ class Account:
         if exceeded:
             raise self._error(exceeded)
 
+    def _require_mended(self, exceeded: str, readable: Callable[[Substitution], bool]) -> None:
+        for entry in self.ledger.entries[-LOOKED_AT:]:
+            if not readable(entry.substitution):
+                raise self._error(exceeded)
+
     def saved(self, step: int) -> None:
         """The checkpoint of ``step`` is on the disk."""
         self._write({"kind": "saved", "step": step})
@@ -91,23 +117,29 @@ class Account:
 
     def _write(self, row: Mapping[str, Any]) -> None:
         if self._lines:
-            self._lines.write(row)
+            self._lines.write({**row, "lease": self._lease})
 
     def _error(self, exceeded: str) -> DataBudgetError:
-        reasons: dict[str, int] = {}
+        reasons: dict[str, list[str]] = {}  # by what is before the first colon: the file
         for entry in self.ledger.entries:
-            reasons[entry.substitution.reason] = reasons.get(entry.substitution.reason, 0) + 1
+            reasons.setdefault(entry.substitution.reason.split(": ")[0], []).append(entry.substitution.reason)
         if dist.rank() == 0:
             rows = [{"step": entry.step, "sample": entry.sample, **asdict(entry.substitution)} for entry in self.ledger.entries]
-            record = {"exceeded": exceeded, "corpora": self._names, "reasons": reasons, "replaced": rows}
+            record = {
+                "exceeded": exceeded,
+                "corpora": self._names,
+                "files": {file: len(those) for file, those in reasons.items()},
+                "replaced": rows,
+            }
             try:
                 durable.write(self._folder / RECORD, json.dumps(record, indent=1).encode())
             except OSError as error:  # the run ends all the same, and for its own reason
                 warnings.warn(f"{self._folder / RECORD} could not be written: {error}", stacklevel=3)
-        frequent = sorted(reasons, key=lambda reason: -reasons[reason])
-        more = f"; and {len(frequent) - NAMED} other reasons" if len(frequent) > NAMED else ""
+        frequent = sorted(reasons.values(), key=len, reverse=True)
+        named = "; ".join(f"{len(those)} as {those[-1]}" for those in frequent[:NAMED])
+        more = f"; and {len(frequent) - NAMED} other files" if len(frequent) > NAMED else ""
         return DataBudgetError(
-            f"{exceeded}. {'; '.join(frequent[:NAMED])}{more}. {RECORD} has all of them. "
+            f"{exceeded}. {named}{more}. {RECORD} has all of them. "
             "Restore the shards from a copy, or raise the budget; the same command goes on from here"
         )
 
@@ -149,6 +181,9 @@ class _Lines:
 
     def write(self, row: Mapping[str, Any]) -> None:
         self._waiting += json.dumps(row).encode() + b"\n"
+        self._put()
+
+    def _put(self) -> None:
         try:
             written = os.write(self._number, self._waiting)
         except OSError as error:
@@ -159,6 +194,7 @@ class _Lines:
         self._waiting = self._waiting[written:]
 
     def flush(self) -> None:
+        self._put()
         try:
             os.fsync(self._number)
         except OSError as error:
@@ -166,5 +202,6 @@ class _Lines:
 
     def close(self) -> None:
         if self._number >= 0:
+            self.flush()
             os.close(self._number)
             self._number = -1

@@ -28,6 +28,10 @@ class Attempt:
     """Of its steps that count, by number."""
     void: list[int] = field(default_factory=list)
     """Its steps that do not count: a later attempt began before them."""
+    last: int = 0
+    """The step that it took last."""
+    samples: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
+    """By corpus, how many samples its steps that count have had."""
 
 
 @dataclass(slots=True)
@@ -57,8 +61,11 @@ class Audit:
         return int(sum(int(times.sum()) for times in self.seen))
 
 
-def audit(rows: Iterable[Mapping[str, Any]]) -> Audit:
-    """Checks the rows of an account. Raises ValueError where it has no beginning."""
+def audit(rows: Iterable[Mapping[str, Any]], reached: int = 0) -> Audit:
+    """Checks the rows of an account of a run that is known to have taken ``reached`` steps, by its checkpoints or its end.
+
+    Raises ValueError where the account has no beginning.
+    """
     books = _Books()
     for row in rows:
         books.enter(row)
@@ -69,13 +76,17 @@ def audit(rows: Iterable[Mapping[str, Any]]) -> Audit:
         books.names, plan, books.attempts, [], books.faults, [np.zeros(corpus.chunks, np.uint32) for corpus in plan.corpora]
     )
     digests = [corpus.digest for corpus in plan.corpora]
-    taken = {step: row for attempt in books.attempts for step, row in attempt.rows.items()}
-    result.faults += _gaps(taken)
-    for step, row in sorted(taken.items()):
+    taken = {step: attempt for attempt in books.attempts for step in attempt.rows}
+    result.faults += _gaps(taken, max(reached, books.saved))
+    for attempt in books.attempts:
+        attempt.samples = np.zeros(len(plan.corpora), np.int64)
+    for step, attempt in sorted(taken.items()):
         if step > plan.steps:
             result.faults.append(f"step {step} is beyond the plan's {plan.steps}")
             break
-        _check_step(result, digests, step, row, books.replaced.get(step, {}))
+        read = _check_step(result, digests, step, attempt.rows[step], books.replaced.get(step, {}))
+        if read is not None:
+            attempt.samples += np.bincount(read.corpus, minlength=len(plan.corpora))
     return result
 
 
@@ -87,25 +98,32 @@ class _Books:
         self.plan: Plan | None = None
         self.attempts: list[Attempt] = []
         self.replaced: dict[int, dict[int, Substitution]] = {}
+        self.saved = 0
+        self._lease = 0
         self.faults: list[str] = []
 
     def enter(self, row: Mapping[str, Any]) -> None:
-        kind, step = row["kind"], row["step"]
+        kind, step, lease = row["kind"], row["step"], row.get("lease", 0)
+        if lease < self._lease:
+            return  # of a job that was taken for dead, and did not know it yet
         if kind == "begin":
+            self._lease = lease
             self._begin(row, step)
         elif not self.attempts:
             self.faults.append(f"a row of step {step} before any attempt began")
         elif kind == "replaced":
             names = ("corpus", "corpus_pass", "chunk", "substitute", "reason")
             self.replaced.setdefault(step, {})[row["sample"]] = Substitution(*(row[name] for name in names))
+        elif kind == "saved":
+            self.saved = max(self.saved, step)
         elif kind == "step":
             latest = self.attempts[-1]
-            before = max(latest.rows, default=latest.start)
+            before = latest.last
             if step in latest.rows or step <= latest.start:
                 self.faults.append(f"step {step} is recorded twice in one attempt")
             elif step != before + 1:
                 self.faults.append(f"steps {before + 1} to {step - 1} are missing in the attempt that began after {latest.start}")
-            latest.rows[step] = row
+            latest.rows[step], latest.last = row, max(step, before)
 
     def _begin(self, row: Mapping[str, Any], step: int) -> None:
         plan = Plan.of(row["plan"])
@@ -117,36 +135,38 @@ class _Books:
             for each in late:
                 del attempt.rows[each]
         self.replaced = {each: found for each, found in self.replaced.items() if each <= step}
-        self.plan, self.names = plan, row["corpora"]
-        self.attempts.append(Attempt(step))
+        self.plan, self.names, self.saved = plan, row["corpora"], step
+        self.attempts.append(Attempt(step, last=step))
 
 
-def _gaps(taken: Mapping[int, Any]) -> Iterator[str]:
-    for first, last in ranges(set(range(1, max(taken, default=0) + 1)) - set(taken)):
+def _gaps(taken: Mapping[int, Any], reached: int) -> Iterator[str]:
+    for first, last in ranges(set(range(1, max(reached, *taken, 0) + 1)) - set(taken)):
         yield f"no record of steps {first} to {last}" if last > first else f"no record of step {first}"
 
 
 def _check_step(
     result: Audit, digests: list[str], step: int, row: Mapping[str, Any], substitutions: Mapping[int, Substitution]
-) -> None:
+) -> Picks | None:
+    """The samples of a step, where they are known to be those that it had."""
     picks = result.plan.picks(step - 1)
     if not row["samples"] and "skipped" in row:
         result.passed_over += 1
-        return
+        return None
     try:
         read = replaced(picks, substitutions.values())
     except IndexError:
         result.faults.append(f"step {step}: a sample is said to be replaced that the plan has not put there")
-        return
+        return None
     if row["samples"] != len(picks):
         result.faults.append(f"step {step}: {row['samples']} samples, and the plan has {len(picks)}")
     if row["digest"] != shown(sample_digest(digests, read)):
         result.faults.append(f"step {step}: other samples than the plan's (digest {row['digest']})")
-        return
+        return None
     result.replaced += [Entry(step, sample, each) for sample, each in sorted(substitutions.items())]
     if "skipped" in row:
         result.untaken += len(read)
     _count(result.seen, read)
+    return read
 
 
 def _count(seen: list[NDArray[np.uint32]], read: Picks) -> None:
@@ -163,12 +183,3 @@ def ranges(steps: Iterable[int]) -> list[tuple[int, int]]:
         else:
             found.append((step, step))
     return found
-
-
-def samples_by_corpus(result: Audit, attempt: Attempt) -> list[int]:
-    """How many samples of each corpus the steps of an attempt that count have had."""
-    totals = np.zeros(len(result.names), np.int64)
-    for step, row in attempt.rows.items():
-        if row["samples"] and step <= result.plan.steps:
-            totals += np.bincount(result.plan.picks(step - 1).corpus, minlength=len(totals))
-    return [int(total) for total in totals]

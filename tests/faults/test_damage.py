@@ -20,11 +20,13 @@ from scaletrain.cli import main as cli
 from scaletrain.config import decode
 from scaletrain.data import index
 from scaletrain.data.dataset import Dataset
+from scaletrain.data.plan import CorpusShape, PhaseShape, Plan
 from scaletrain.engine import Engine
 from scaletrain.errors import DataBudgetError
 from scaletrain.recipes import pretrain
 from scaletrain.train import account
 from scaletrain.train.audit import audit
+from scaletrain.train.metrics import read_jsonl
 from tests import ranks, tiny
 from tests.faults.table import Add
 
@@ -238,17 +240,40 @@ def test_beyond_the_budget_all_ranks_stop_together_and_a_mended_shard_goes_on(da
     stopped = report["replaced"][-1]["step"]
     assert len(report["replaced"]) > 20 and checkpoint.find(tmp_path / "run" / "checkpoints")[0].step == stopped < STEPS
 
+    (again,) = {outcome["exit_code"] for outcome in ranks.attempt(run, 2, {"tree": tree, "log": str(tmp_path / "log")})}
+    assert again == DataBudgetError.exit_code  # starting once more gets nobody through the budget
+    assert checkpoint.find(tmp_path / "run" / "checkpoints")[0].step == stopped
     shard.write_bytes(healthy)
     ranks.run(run, 2, {"tree": tree, "log": str(tmp_path / "log")})
     result = audit(account.read(tmp_path / "run" / account.FILE))
     assert result.faults == [] and result.samples == STEPS * 24
     assert [entry.step for entry in result.replaced] == [row["step"] for row in report["replaced"]]
+    assert not (tmp_path / "run" / account.RECORD).exists()
     fault(
         fault="F16",
         injected="more damaged than the budget allows, on two ranks",
         outcome="66 on all ranks, saved; mended, it goes on",
         lost_steps=0,
     )
+
+
+def test_an_evaluation_that_a_stop_came_before_is_made_up_for(damaged: Path, tmp_path: Path) -> None:
+    last = Dataset.open(damaged)
+    tree = settings(damaged, tmp_path / "run", evaluation={"every_steps": 10})
+    tree["data"]["damage"] = {"fraction": 0.0}
+    plan = Plan(1, [PhaseShape((CorpusShape(last.digest, last.chunks),), 24, STEPS)])
+    early = {int(chunk) for step in range(STEPS - 1) for chunk in plan.picks(step).chunk}
+    shard, records = shards(damaged)[1], index.load(shards(damaged)[1].with_suffix(".idx")).records
+    first = sum(len(index.load(each.with_suffix(".idx")).records) for each in shards(damaged)[:1])
+    chunk = next(c for c in plan.picks(STEPS - 1).chunk.tolist() if first <= c < first + len(records) and c not in early)
+    healthy = shard.read_bytes()
+    flip(damaged, [chunk - first])
+    (outcome,) = ranks.attempt(run, 1, {"tree": tree, "log": str(tmp_path / "log")})
+    assert outcome["exit_code"] == DataBudgetError.exit_code
+    shard.write_bytes(healthy)
+    ranks.run(run, 1, {"tree": tree, "log": str(tmp_path / "log")})
+    lines = list(read_jsonl(tmp_path / "run" / "metrics.jsonl"))
+    assert [line["step"] for line in lines if line["kind"] == "eval"] == [0, 10, 20]
 
 
 def test_samples_in_a_row_are_beyond_the_budget(damaged: Path, tmp_path: Path) -> None:
@@ -283,6 +308,7 @@ def test_an_account_that_was_tampered_with_is_found_out(
         assert cli(["inspect", "audit", str(tmp_path / "run")]) == 65
         return capsys.readouterr().err
 
+    assert "no record of steps 12 to 20" in found(lines[: steps[11]])
     gone = steps[6]
     assert "no record of step 7" in found(lines[:gone] + lines[gone + 1 :])
     assert "step 7 is recorded twice" in found(lines[: gone + 1] + lines[gone:])
@@ -323,6 +349,7 @@ def test_a_read_that_hangs_on_one_rank_is_given_up_and_read_again(prepared: Path
     assert result.faults == []
     if reads == 2:
         assert result.replaced == []
+        assert sum(line["retried"] for line in read_jsonl(tmp_path / "run" / "metrics.jsonl") if line["kind"] == "step") == 2
         assert received(tmp_path / "run.log") == received(tmp_path / "whole.log")
     else:
         assert {entry.substitution.chunk for entry in result.replaced} == {chunk}
