@@ -214,7 +214,7 @@ def test_the_smoke_run_of_loader_reads_with_every_way(tmp_path: Path) -> None:
     done = run(tmp_path, "--smoke", "--work", str(tmp_path), script="loader")
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout.splitlines()[-1])
-    assert len(result["checks"]) == 7
+    assert len(result["checks"]) == 8 and result["table"]["resume"]["equal"] and result["table"]["resume"]["steps compared"] == 3
     for size in ("2 KB", "64 KB"):
         for what in ("bytes", "batches"):
             assert all(result["table"][size][what][way]["samples_per_cpu_s"] > 0 for way in ("ours", "webdataset", "datasets"))

@@ -198,8 +198,8 @@ def test_several_that_build_the_same_indexes_at_once_do_no_harm(tmp_path: Path) 
 # --------------------------------------------------------------------------------------------------------------------- hostile
 
 
-def tried(case: int, folder: Path) -> tuple[str, bool]:
-    """One hostile tar; whether it could be read, and that in that case what was read is what the standard library reads."""
+def tried(case: int, folder: Path) -> tuple[str, bool, int]:
+    """One hostile tar; whether it could be read, and then as the standard library reads it; and the most memory, in bytes."""
     what, data = hostile_tars.make(case)
     tar = folder / "case.tar"
     tar.write_bytes(data)
@@ -224,7 +224,7 @@ def tried(case: int, folder: Path) -> tuple[str, bool]:
                 assert all(m.isreg() for m in members), what
                 theirs = [(m.name, reference.extractfile(m).read()) for m in members]  # type: ignore[union-attr]
         except (tarfile.TarError, UnicodeDecodeError, ValueError):
-            return what, True  # which reads less than the format allows
+            return what, True, peak  # which reads less than the format allows
         ours = [(f"{sample.key}.{suffix}", data) for sample in read for suffix, data in sample.members.items()]
         # A name that begins with a dot is no sample here. And the reference ends, silently, at a header with a bad owner or time.
         expected = [
@@ -234,7 +234,7 @@ def tried(case: int, folder: Path) -> tuple[str, bool]:
             assert [data for _, data in ours][: len(expected)] == [data for _, data in expected], (case, what)
         else:
             assert ours == expected, (case, what)
-    return what, outcome
+    return what, outcome, peak
 
 
 def test_hostile_tars_are_read_rightly_or_refused(tmp_path: Path) -> None:
@@ -242,7 +242,7 @@ def test_hostile_tars_are_read_rightly_or_refused(tmp_path: Path) -> None:
     folder.mkdir(parents=True)
     outcomes: dict[str, set[bool]] = {}
     for case in range(400):
-        what, read = tried(case, folder)
+        what, read, _ = tried(case, folder)
         outcomes.setdefault(what, set()).add(read)
     assert outcomes["nothing"] == {True}
     refused = {"a symbolic link", "a hard link", "a device", "a FIFO", "upwards", "upwards in the middle", "an absolute name"}
