@@ -167,8 +167,7 @@ class Run:
             peak.tflops * 1e12 * dist.world() if peak else None,
         )
         self.writers = _writers(config, self.corpora, self.start)
-        token = session.lease.token if session.lease else 0
-        self._account = account.Account(plan, self.corpora.folder_names, config.data.damage, config.output, token)
+        self._account = account.Account(plan, self.corpora.folder_names, config.data.damage, config.output, session.lease)
         self._account.begin(self.start, last.progress.state.get("replaced") if last else None, self.corpora.readable)
         facts |= {
             "ranks": dist.world(),

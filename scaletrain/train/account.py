@@ -18,7 +18,8 @@ from scaletrain import dist, durable
 from scaletrain.data.ledger import DamageConfig, Entry, Ledger, Substitution, samples_of
 from scaletrain.data.loader import Batch
 from scaletrain.data.plan import Plan
-from scaletrain.errors import CheckpointError, DataBudgetError, StorageError
+from scaletrain.errors import CheckpointError, DataBudgetError, LeaseLostError, StorageError
+from scaletrain.lease import Lease
 from scaletrain.train.metrics import StepRecord
 
 FILE = "consumed.jsonl"
@@ -32,8 +33,8 @@ LOOKED_AT = 100
 class Account:
     """Of one run. All methods are called by all ranks; the first one writes."""
 
-    def __init__(self, plan: Plan, names: Sequence[str], config: DamageConfig, folder: Path, lease: int = 0) -> None:
-        """``names``: what the plan's corpora are called. ``folder``: of the run. ``lease``: the token that the job holds it with.
+    def __init__(self, plan: Plan, names: Sequence[str], config: DamageConfig, folder: Path, lease: Lease | None = None) -> None:
+        """``names``: what the plan's corpora are called. ``folder``: of the run. ``lease``: of that folder, on rank 0.
 
         Collective. Raises StorageError where the file cannot be opened.
         """
@@ -116,8 +117,17 @@ class Account:
         return self.ledger.state()
 
     def _write(self, row: Mapping[str, Any]) -> None:
-        if self._lines:
-            self._lines.write({**row, "lease": self._lease})
+        if self._lines and self._holds():
+            self._lines.write({**row, "lease": self._lease.token if self._lease else 0})
+
+    def _holds(self) -> bool:
+        """Whether the folder is still this job's. Where it is not, the next save ends the job, for all ranks together."""
+        try:
+            if self._lease:
+                self._lease.check()
+        except LeaseLostError:
+            return False
+        return True
 
     def _error(self, exceeded: str) -> DataBudgetError:
         reasons: dict[str, list[str]] = {}  # by what is before the first colon: the file

