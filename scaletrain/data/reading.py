@@ -14,7 +14,7 @@ import math
 import random
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Protocol
 
 import numpy as np
@@ -88,37 +88,56 @@ class Reader:
         none of them is whole either. Where storage does not answer at all, that is no reason for another chunk: reads are tried
         for ``outage_s``, and StorageError is raised then, as it is where a server does not give a shard.
         """
-        ends, retried, pause_s = time.monotonic() + self._config.outage_s, 0, self._config.pause_s
-        substitutes = self._dealt.plan.substitutes(corpus, corpus_pass, chunk)
+        tokens, failure, retried = self._attempts(corpus, chunk, hung.get((corpus, chunk), 0), note)
+        if tokens is not None:
+            return tokens, None, retried
+        assert failure is not None
+        return self._stand_in(Substitution(corpus, corpus_pass, chunk, -1, _said(failure)), failure, retried, hung, note)
+
+    def _stand_in(
+        self,
+        wanted: Substitution,
+        failure: Exception,
+        retried: int,
+        hung: Mapping[tuple[int, int], int],
+        note: Callable[[Reading | None], None],
+    ) -> tuple[Tokens, Substitution | None, int]:
+        """Another chunk for one that cannot be read; or, after an outage, that chunk after all. As ``read``."""
+        corpus, chunk = wanted.corpus, wanted.chunk
+        substitutes = self._dealt.plan.substitutes(corpus, wanted.corpus_pass, chunk)
+        if not substitutes:
+            raise failure
+        ends, pause_s = time.monotonic() + self._config.outage_s, self._config.pause_s
         while True:
-            failures: list[Exception] = []
-            for candidate in (chunk, *substitutes):
-                tokens, failure, again = self._attempts(corpus, candidate, hung.get((corpus, candidate), 0), note)
+            failures = [failure]
+            for candidate in substitutes:
+                tokens, failed, again = self._attempts(corpus, candidate, hung.get((corpus, candidate), 0), note)
                 retried += again
-                if tokens is not None and candidate != chunk and not isinstance(failures[0], CorpusError):
-                    # The storage answers again: perhaps for the chunk itself, too.
+                if tokens is None:
+                    assert failed is not None
+                    failures.append(failed)
+                    continue
+                if not isinstance(failure, CorpusError):  # the storage answers again: perhaps for the chunk itself, too
                     own, _, again = self._attempts(corpus, chunk, hung.get((corpus, chunk), 0), note)
-                    tokens, candidate, retried = (
-                        (own, chunk, retried + again + 1) if own is not None else (tokens, candidate, retried)
-                    )
-                if tokens is not None:
-                    if candidate == chunk:
-                        return tokens, None, retried
-                    longest = int(self._dealt.lengths[corpus][chunk])  # the slot has no room for more
-                    return tokens[:longest], Substitution(corpus, corpus_pass, chunk, candidate, _said(failures[0])), retried
-                assert failure is not None
-                failures.append(failure)
-            if not substitutes:
-                raise failures[0]
-            if all(isinstance(failure, CorpusError) for failure in failures):
+                    retried += again + 1
+                    if own is not None:
+                        return own, None, retried
+                longest = int(self._dealt.lengths[corpus][chunk])  # the slot has no room for more
+                return tokens[:longest], replace(wanted, substitute=candidate), retried
+            if all(isinstance(each, CorpusError) for each in failures):
                 said = f"{self.name(corpus, chunk)} cannot be read, and none of {len(substitutes)} others in its place"
-                raise DataBudgetError(f"{said}: {failures[0]}") from failures[0]
+                raise DataBudgetError(f"{said}: {failure}") from failure
             if time.monotonic() > ends:
                 said = f"nothing of corpus {corpus} could be read for {self._config.outage_s:g} s (data.loader.retry.outage_s)"
-                raise StorageError(f"{said}: {failures[0]}") from failures[0]
+                raise StorageError(f"{said}: {failure}") from failure
             note(None)
             time.sleep(min(pause_s, 5.0))
             pause_s, retried = 2 * pause_s, retried + 1
+            tokens, again_failed, again = self._attempts(corpus, chunk, hung.get((corpus, chunk), 0), note)
+            retried += again
+            if tokens is not None:
+                return tokens, None, retried
+            failure = again_failed or failure
 
     def _attempts(
         self, corpus: int, chunk: int, hung: int, note: Callable[[Reading | None], None]
