@@ -62,7 +62,6 @@ VERBS: Mapping[str, Verb] = {
         module="scaletrain.recipes.index",
         summary="make, or check, the indexes of tars that others wrote",
         embedded=True,
-        folder="index_folder",
     ),
     "pretrain": Verb(
         module="scaletrain.recipes.pretrain",

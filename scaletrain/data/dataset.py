@@ -24,7 +24,7 @@ from scaletrain.data import index, npy, words
 from scaletrain.data.checksum import crc32
 from scaletrain.data.files import Files
 from scaletrain.data.tokenizer import folder_digest
-from scaletrain.errors import CorpusError, StorageError, TokenizerError
+from scaletrain.errors import CorpusError, TokenizerError
 
 FORMAT = 1
 _FILES_MAX = 64
@@ -197,15 +197,7 @@ class Dataset:
         offset, length = int(record["offset"]), int(record["length"])
         if shard.fault is not None and not shard.file.exists():
             raise shard.fault  # known since it was opened: not a matter of trying again
-        try:
-            span = self._files.read(shard.file, offset, length)
-        except OSError as error:
-            self._files.close(shard.file)
-            raise StorageError(f"{shard.file}: reading byte {offset} failed: {error.strerror}. {_REMEDY}") from error
-        if len(span) < length:
-            self._files.close(shard.file)
-            raise index.short(shard.file, offset, length, len(span))
-        return shard, offset, span
+        return shard, offset, self._files.whole(shard.file, offset, length, _REMEDY)
 
     def _shard(self, chunk: int) -> Shard:
         if not 0 <= chunk < self.chunks:

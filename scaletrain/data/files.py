@@ -7,6 +7,8 @@ import threading
 from collections import OrderedDict
 from pathlib import Path
 
+from scaletrain.errors import CorpusError, StorageError
+
 
 class _Open:
     """A file descriptor that closes when the last reader lets go of it: one evicted in mid-read stays valid until then."""
@@ -36,6 +38,19 @@ class Files:
     def local(self, file: Path) -> Path:
         """Where the bytes of a file are on this machine."""
         return file
+
+    def whole(self, file: Path, offset: int, length: int, remedy: str) -> bytes:
+        """``length`` bytes at ``offset``. Raises CorpusError where there are fewer, StorageError when the disk fails."""
+        try:
+            data = self.read(file, offset, length)
+        except OSError as error:
+            self.close(file)
+            raise StorageError(f"{file}: reading byte {offset} failed: {error.strerror}. {remedy}") from error
+        if len(data) < length:
+            self.close(file)
+            said = f"{len(data)} bytes at byte {offset}"
+            raise CorpusError(str(file), said, f"its index says {length}: the file was cut short", remedy)
+        return data
 
     def close(self, file: Path) -> None:
         """Opens the file again for the next read: what failed may be the handle, of a file that was restored since."""

@@ -155,14 +155,7 @@ class TarSet:
         """
         tar, record = self._record(sample)
         offset, length, expected = int(record["offset"]), int(record["length"]), int(record["crc32"])
-        try:
-            data = self._files.read(tar.file, offset, length)
-        except OSError as error:
-            self._files.close(tar.file)
-            raise StorageError(f"{tar.file}: reading byte {offset} failed: {error.strerror}. Check the storage") from error
-        if len(data) < length:
-            self._files.close(tar.file)
-            raise index.short(tar.file, offset, length, len(data), _REMEDY)
+        data = self._files.whole(tar.file, offset, length, _REMEDY)
         found = crc32(data)
         if found != expected:
             self._files.close(tar.file)

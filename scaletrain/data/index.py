@@ -162,12 +162,6 @@ def damaged(tar: Path, key: str, offset: int, expected: int, found: int, remedy:
     return CorpusError(str(tar), said, f"its index says {expected:#010x}", remedy)
 
 
-def short(tar: Path, offset: int, length: int, found: int, remedy: str = _RESTORE) -> CorpusError:
-    """The error for a span of which not all bytes are there."""
-    said = f"{found} bytes at byte {offset}"
-    return CorpusError(str(tar), said, f"its index says {length}: the file was cut short", remedy)
-
-
 def members(read: Read, size: int, label: str, *, ends: bool = False) -> Iterator[Member]:
     """The regular files of a tar (or of one span of it) of ``size`` bytes, by its headers; directories are passed over.
 
